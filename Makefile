@@ -1,0 +1,35 @@
+# `make train` and `make test` do all the set-up from a bare clone: a Python >= 3.11 and a package registry are enough.
+.PHONY: train test lint setup clean
+
+# The newest Python that runs, of those with a file in constraints/, else any from 3.11 on. A pyenv
+# shim that fails is not one; the versions that pyenv has installed are.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do \
+  for c in python$$v $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python 2>/dev/null | sort -rV); do \
+    "$$c" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$c" && exit; \
+  done; done)
+
+train: .venv/installed
+	.venv/bin/python -m cnn_jax.main --config=configs/mnist.py $(ARGS)
+
+test: .venv/installed
+	.venv/bin/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: .venv/installed
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+setup: .venv/installed
+
+# Installed again whenever what it installs has changed.
+.venv/installed: pyproject.toml $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON)" || { echo 'error: found no Python >= 3.11 that runs; install one, or name it: make PYTHON=/path/to/python' >&2; exit 2; }
+	@echo "Setting up .venv with $$($(PYTHON) --version); this takes a minute or two."
+	@$(PYTHON) -m venv --clear .venv
+	@pins=constraints/$$(.venv/bin/python -c 'import sys; print("python%d.%d.txt" % sys.version_info[:2])'); \
+	test -f $$pins || pins=constraints/python3.13.txt; \
+	.venv/bin/python -m pip install --disable-pip-version-check --quiet --constraint $$pins --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,65 @@
+"""What every command does the same way: exit statuses, one-line errors, the compile cache."""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from cnn_jax import UsageError
+
+DONE, USAGE, DIVERGED, STOPPED = 0, 2, 3, 143
+
+
+class Parser(argparse.ArgumentParser):
+  """An argument parser whose errors are `UsageError`s, one line like all others."""
+
+  def __init__(self, description: str):
+    super().__init__(description=description, allow_abbrev=False)
+
+  def error(self, message: str) -> NoReturn:
+    raise UsageError(f'{message}; see --help.')
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+  """Runs a command with the process's arguments and exits with its status.
+
+  Args:
+    main: takes the arguments after the program's name; returns the exit status, None for 0.
+      A `UsageError` of it becomes one line on stderr and status 2, Ctrl-C status 143; any other
+      exception is a bug and keeps its traceback.
+  """
+  try:
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+  except UsageError as error:
+    fail(error)
+    status = USAGE
+  except KeyboardInterrupt:
+    print('stopped', file=sys.stderr)
+    status = STOPPED
+  except BrokenPipeError:
+    # The reader of our output has gone (`| head`). Python would complain once more at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    status = STOPPED
+  sys.exit(status)
+
+
+def fail(error: object) -> None:
+  """Prints an error as one line on stderr."""
+  print('error: ' + ' '.join(str(error).split()), file=sys.stderr, flush=True)
+
+
+def use_compile_cache() -> None:
+  """Keeps compiled programs in the user's cache directory, so that only the first run of a config compiles.
+
+  JAX's own variable JAX_COMPILATION_CACHE_DIR overrides the place; set to nothing, there is no cache.
+  """
+  import jax
+
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(home) / 'cnn_jax' / 'compiled'))
+  # The default keeps only what took more than a second to compile, and these programs are small.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)

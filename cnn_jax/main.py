@@ -1,0 +1,151 @@
+"""Trains and evaluates what a config file describes.
+
+    python -m cnn_jax.main --config=configs/mnist.py [--workdir=DIR] [--config.optimizer.learning_rate=0.1]
+
+Exit status: 0 done, 2 a usage, config or data error, 3 diverged, 143 stopped after saving.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from cnn_jax import UsageError, command
+from cnn_jax import config as config_lib
+
+_FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The experiment: a file of configs/, or one of yours.', flag_values=_FLAGS
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where the run is recorded, and resumed from. Default: runs/<config>-<time>.', flag_values=_FLAGS
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'host:port of process 0, where several processes train together.', flag_values=_FLAGS
+)
+_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes train together.', flag_values=_FLAGS)
+_PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', flag_values=_FLAGS)
+
+
+def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
+  """Trains a config, or goes on with what the workdir holds, and evaluates the result on the test split.
+
+  Args:
+    config: a `ConfigDict` with the fields of `cnn_jax.config`.
+    workdir: made where it does not exist; belongs to one process at a time.
+
+  Returns:
+    What `result.json` holds.
+
+  Raises:
+    UsageError: config, data or workdir are not usable.
+    train.Diverged, train.Stopped: see there.
+  """
+  config_lib.check(config)
+  # These imports take seconds; a mistyped config has been reported by now.
+  import jax
+
+  from cnn_jax import record, train
+  from cnn_jax.data import load_dataset
+  from cnn_jax.model import create_model, summary
+
+  config_lib.check_devices(config, jax.device_count())
+  primary = jax.process_index() == 0
+  with record.lock(workdir) if primary else contextlib.nullcontext():
+    record.check_config(workdir, config)
+    if (result := record.read_result(workdir)) is not None:
+      if primary:
+        print(f'The run in {workdir} is complete: {_describe(result)}. Take another --workdir for a new one.')
+      return result
+    dataset = load_dataset(config.data)
+    height, width, channels = dataset.train.images.shape[1:]
+    config_lib.check_data(config, len(dataset.train), height, width)
+    if primary:
+      record.write_config(workdir, config)
+      record.write_environment(workdir)
+      print(
+        f'{dataset.name}: {len(dataset.train):,} training, {len(dataset.validation):,} validation and '
+        f'{len(dataset.test):,} test images, {height}x{width}x{channels}, {len(dataset.class_names)} classes.'
+      )
+      print(summary(create_model(config.model, len(dataset.class_names)), (height, width, channels)), flush=True)
+    result = train.train(config, dataset, workdir)
+    if primary:
+      record.write_result(workdir, result)
+      print(f'Done: {_describe(result)}. Recorded in {workdir}.')
+    return result
+
+
+def _describe(result: Mapping[str, Any]) -> str:
+  return (
+    f'{result["test_accuracy"]:.2%} of {result["num_test"]:,} test images right after {result["epochs"]} epochs, '
+    f'{result["train_seconds"]:.0f} s of training'
+  )
+
+
+def main(argv: Sequence[str]) -> int:
+  """The command; see the module's docstring."""
+  config, workdir = _parse(argv)
+  config_lib.check(config)
+  command.use_compile_cache()
+  _join_processes()
+  from cnn_jax import train
+
+  try:
+    train_and_evaluate(config, workdir)
+  except train.Diverged as error:
+    command.fail(error)
+    return command.DIVERGED
+  except train.Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    return command.STOPPED
+  return command.DONE
+
+
+def _parse(argv: Sequence[str]) -> tuple[Any, str]:
+  """Reads the flags; all that can be wrong with them, or in the file they name, becomes one line."""
+  if any(argument in ('--help', '-h', '--helpfull') for argument in argv):
+    print(__doc__)
+    print(_FLAGS.main_module_help() or _FLAGS.get_help())
+    sys.exit(command.DONE)
+  name = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), '--config')
+  try:
+    rest = _FLAGS(['cnn_jax.main', *argv])[1:]
+  except flags.Error as error:
+    raise UsageError(f'{error}') from error
+  except FileNotFoundError as error:
+    raise UsageError(f'there is no config file {name}; those that come with the project are in configs/.') from error
+  except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+    # What a config file or an override raises; the message of ml_collections names the field
+    # and its nearest neighbour.
+    raise UsageError(f'{name}: {type(error).__name__}: {error}') from error
+  if rest:
+    raise UsageError(f'{rest[0]!r} is not a flag; a field is set by --config.NAME=VALUE.')
+  if _CONFIG.value is None:
+    raise UsageError('which experiment? give --config=configs/mnist.py or another file of configs/.')
+  stem = pathlib.Path(name.split(':')[0]).stem
+  return _CONFIG.value, _WORKDIR.value or f'runs/{stem}-{time.strftime("%Y%m%d-%H%M%S")}'
+
+
+def _join_processes() -> None:
+  """Joins the other processes of a run over several hosts; one process alone must not."""
+  environment = os.environ
+  several = (
+    int(environment.get('SLURM_NTASKS', 1)) > 1
+    or int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
+    or ',' in environment.get('TPU_WORKER_HOSTNAMES', '')
+  )
+  if _COORDINATOR.value is None and not several:
+    return
+  import jax
+
+  jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+
+
+if __name__ == '__main__':
+  command.run(main)

@@ -1,0 +1,268 @@
+"""Convolution and pooling whose gradients are fast on every backend.
+
+The functions compute what `lax.conv_general_dilated`, `flax.linen.max_pool` and `flax.linen.avg_pool` do and
+take the same arguments. On GPU and TPU they are those functions. On the CPU their gradients are written by
+hand, because XLA:CPU turns a convolution into a fast one only when its dimension numbers are NHWC, HWIO, NHWC;
+JAX's transpose rules give both gradients others, which XLA rewrites at the top level of a program but not in the
+body of a `lax.scan` (there they fall to naive loops). The platform is chosen when the program is lowered.
+
+The gradients are those of reverse mode, of any order; forward mode (`jax.jvp`) is not defined.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+Padding = str | Sequence[tuple[int, int]]
+
+
+def conv_general_dilated(
+  lhs: Array,
+  rhs: Array,
+  window_strides: Sequence[int],
+  padding: Padding,
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: Any = None,
+  feature_group_count: int = 1,
+  batch_group_count: int = 1,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+) -> Array:
+  """Convolves images with kernels; `flax.linen.Conv(conv_general_dilated=...)` takes it.
+
+  Args:
+    lhs: images (batch, height, width, channels).
+    rhs: kernels (height, width, channels, features), of the same dtype.
+    window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+      batch_group_count, precision, preferred_element_type: as `lax.conv_general_dilated` has them. Dilation,
+      groups, other numbers of spatial dimensions and other layouts are left to it, gradients and all.
+
+  Returns:
+    (batch, height, width, features), of the dtype of `lhs` or `preferred_element_type`.
+  """
+  usual = (
+    lhs.ndim == 4
+    and _is_channels_last(lhs, rhs, dimension_numbers)
+    and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    and feature_group_count == batch_group_count == 1
+    and preferred_element_type in (None, lhs.dtype)
+    and lhs.dtype == rhs.dtype
+  )
+  if not usual:
+    return lax.conv_general_dilated(
+      lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
+      feature_group_count, batch_group_count, precision, preferred_element_type,
+    )  # fmt: skip
+  strides = tuple(window_strides)
+  return _conv(lhs, rhs, strides, _pads(padding, lhs.shape[1:3], rhs.shape[:2], strides), precision)
+
+
+def max_pool(x: Array, window_shape: Sequence[int], strides: Sequence[int] | None = None, padding: Padding = 'VALID'):
+  """Takes the maximum over windows, as `flax.linen.max_pool` does.
+
+  Where several elements of a window are the maximum (there are many: ReLU's zeros, a black background), the
+  gradient goes to the first of them in row-major order, as XLA's select-and-scatter sends it.
+
+  Args:
+    x: (batch, height, width, channels); other ranks are left to `flax.linen.max_pool`.
+    window_shape: (height, width) of a window.
+    strides: between windows; None means 1, as in `flax.linen.max_pool`.
+    padding: 'VALID', 'SAME' or ((top, bottom), (left, right)).
+
+  Returns:
+    (batch, height, width, channels), of the dtype of `x`.
+  """
+  window = tuple(window_shape)
+  strides = tuple(strides or (1,) * len(window))
+  if x.ndim != 4 or len(window) != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+    return nn.max_pool(x, window, strides, padding)
+  return _max_pool(x, window, strides, _pads(padding, x.shape[1:3], window, strides))
+
+
+def avg_pool(
+  x: Array,
+  window_shape: Sequence[int],
+  strides: Sequence[int] | None = None,
+  padding: Padding = 'VALID',
+  count_include_pad: bool = True,
+):
+  """Takes the average over windows, as `flax.linen.avg_pool` does.
+
+  Windows that tile the image are averaged by a reshape, which is fast on every backend, and so is its gradient.
+
+  Args:
+    x: (batch, height, width, channels); other ranks are left to `flax.linen.avg_pool`.
+    window_shape: (height, width) of a window.
+    strides: between windows; None means 1, as in `flax.linen.avg_pool`.
+    padding: 'VALID', 'SAME' or ((top, bottom), (left, right)).
+    count_include_pad: whether the padding counts in the average.
+
+  Returns:
+    (batch, height, width, channels), of the dtype of `x`.
+  """
+  window = tuple(window_shape)
+  strides = tuple(strides or (1,) * len(window))
+  tiles = x.ndim == 4 and window == strides and len(window) == 2
+  if not tiles or _pads(padding, x.shape[1:3], window, strides) != ((0, 0), (0, 0)):
+    return nn.avg_pool(x, window, strides, padding, count_include_pad)
+  (height, width), (kh, kw) = x.shape[1:3], window
+  x = x[:, : height // kh * kh, : width // kw * kw]
+  return x.reshape(x.shape[0], height // kh, kh, width // kw, kw, x.shape[3]).mean((2, 4))
+
+
+def _is_channels_last(lhs: Array, rhs: Array, dimension_numbers: Any) -> bool:
+  if dimension_numbers is None:
+    return False  # lax then means channels first
+  numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+  return tuple(numbers) == ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def _pads(padding: Padding, shape, window, strides) -> tuple[tuple[int, int], ...]:
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(shape, window, strides, padding)
+  return tuple((int(low), int(high)) for low, high in padding)
+
+
+def _slices(x: Array, window, strides) -> list[Array]:
+  """The windows' elements at each offset (row-major) of padded images: one (batch, height, width, channels) each."""
+  height, width = ((size - k) // s + 1 for size, k, s in zip(x.shape[1:3], window, strides, strict=True))
+  return [
+    x[:, i : i + (height - 1) * strides[0] + 1 : strides[0], j : j + (width - 1) * strides[1] + 1 : strides[1]]
+    for i in range(window[0])
+    for j in range(window[1])
+  ]
+
+
+# --- convolution ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
+  return _lax_conv(x, kernel, strides, pads, precision)
+
+
+def _conv_forward(x, kernel, strides, pads, precision):
+  return _conv(x, kernel, strides, pads, precision), (x, kernel)
+
+
+def _conv_backward(strides, pads, precision, saved, g):
+  arguments = (*saved, g)
+  cpu = functools.partial(_conv_gradients, strides, pads, precision)
+  default = functools.partial(_lax_conv_gradients, strides, pads, precision)
+  return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _lax_conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
+  return lax.conv_general_dilated(
+    x, kernel, strides, pads, dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision
+  )
+
+
+def _lax_conv_gradients(strides, pads, precision, x, kernel, g):
+  return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, strides, pads, precision), x, kernel)[1](g)
+
+
+def _conv_gradients(strides, pads, precision, x, kernel, g):
+  return (
+    _conv_input_gradient(strides, pads, precision, x, kernel, g),
+    _conv_kernel_gradient(strides, pads, precision, x, kernel, g),
+  )
+
+
+def _conv_input_gradient(strides, pads, precision, x, kernel, g):
+  """The convolution of `g`, spread out by the strides, with the kernel turned by 180 degrees."""
+  back = []
+  for size, k, stride, (low, _), outputs in zip(
+    x.shape[1:3], kernel.shape[:2], strides, pads, g.shape[1:3], strict=True
+  ):
+    back.append((k - 1 - low, size - ((outputs - 1) * stride + 1) + low))
+  turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+  return lax.conv_general_dilated(
+    g, turned, (1, 1), back, strides, dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision
+  )
+
+
+def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
+  """One matrix product of `g` with the columns (im2col) of the padded images."""
+  x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  columns = jnp.concatenate(_slices(x, kernel.shape[:2], strides), axis=-1)
+  columns = columns.reshape(-1, columns.shape[-1])
+  g = g.reshape(-1, g.shape[-1])
+  accumulate = jnp.promote_types(g.dtype, jnp.float32)  # bfloat16 is summed over the batch in float32
+  product = lax.dot_general(
+    g, columns, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=accumulate
+  )
+  return product.T.reshape(kernel.shape).astype(kernel.dtype)
+
+
+# --- max pooling ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: Array, window, strides, pads) -> Array:
+  default = functools.partial(nn.max_pool, window_shape=window, strides=strides, padding=pads)
+  cpu = functools.partial(_max_of_slices, window, strides, pads)
+  return lax.platform_dependent(x, cpu=cpu, default=default)
+
+
+def _max_pool_forward(x, window, strides, pads):
+  y = _max_pool(x, window, strides, pads)
+  return y, (x, y)
+
+
+def _max_pool_backward(window, strides, pads, saved, g):
+  cpu = functools.partial(_max_pool_gradient, window, strides, pads)
+  default = functools.partial(_lax_max_pool_gradient, window, strides, pads)
+  return (lax.platform_dependent(*saved, g, cpu=cpu, default=default),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _lax_max_pool_gradient(window, strides, pads, x, y, g):
+  return jax.vjp(lambda x: nn.max_pool(x, window, strides, pads), x)[1](g)[0]
+
+
+def _max_of_slices(window, strides, pads, x):
+  x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
+  return functools.reduce(jnp.maximum, _slices(x, window, strides))
+
+
+def _max_pool_gradient(window, strides, pads, x, y, g):
+  padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
+  winner = jnp.full(y.shape, math.prod(window) - 1, jnp.int8 if math.prod(window) < 128 else jnp.int32)
+  for k, value in reversed(list(enumerate(_slices(padded, window, strides)))):
+    winner = jnp.where(value == y, winner.dtype.type(k), winner)
+  if window == strides:
+    gradient = _spread(winner, g, window)
+    missing = [p - s for p, s in zip(padded.shape[1:3], gradient.shape[1:3], strict=True)]
+    ends = [(-low, m - high) for (low, high), m in zip(pads, missing, strict=True)]
+    return lax.pad(gradient, jnp.zeros((), g.dtype), ((0, 0, 0), *((*e, 0) for e in ends), (0, 0, 0)))
+  gradient = jnp.zeros(x.shape, g.dtype)
+  for k in range(math.prod(window)):
+    ends = []
+    for offset, size, stride, (low, _), outputs in zip(
+      divmod(k, window[1]), x.shape[1:3], strides, pads, g.shape[1:3], strict=True
+    ):
+      ends.append((offset - low, size - (offset - low) - ((outputs - 1) * stride + 1), stride - 1))
+    part = jnp.where(winner == k, g, 0)
+    gradient += lax.pad(part, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+  return gradient
+
+
+def _spread(winner: Array, g: Array, window) -> Array:
+  """Puts each element of `g` at its place in its window of zeros."""
+  batch, height, width, channels = g.shape
+  place = jnp.arange(math.prod(window), dtype=winner.dtype).reshape(1, 1, window[0], 1, window[1], 1)
+  spread = jnp.where(winner[:, :, None, :, None] == place, g[:, :, None, :, None], 0)
+  return spread.reshape(batch, height * window[0], width * window[1], channels)

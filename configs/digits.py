@@ -1,0 +1,21 @@
+"""Digits: 1,797 images of 8x8 pixels, trained in seconds; also what the tests train on.
+
+    python -m cnn_jax.main --config=configs/digits.py
+"""
+
+from cnn_jax.config import default_config
+
+
+def get_config(arg=None):
+  del arg
+  config = default_config()
+  config.data.source = 'bundled'
+  config.data.name = 'digits'
+  config.data.test = 0.2
+  config.batch_size = 64
+  config.epochs = 40
+  config.model.features = (32, 64)
+  config.augment.shift = 1
+  config.evaluation.every_epochs = 5
+  config.checkpoint.every_epochs = 5
+  return config

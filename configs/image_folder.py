@@ -1,0 +1,24 @@
+"""Your own pictures: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/* to be split by a seeded hash.
+
+    python -m cnn_jax.main --config=configs/image_folder.py --config.data.dir=DIR
+
+Pictures of any size and format are cropped to squares of `data.image_size` pixels.
+TABLE
+"""
+
+from cnn_jax.config import default_config
+
+
+def get_config(arg=None):
+  del arg
+  config = default_config()
+  config.data.source = 'folder'
+  config.data.image_size = 32
+  config.data.channels = 3
+  config.epochs = 10
+  config.min_steps = 1000
+  config.model.features = (64, 128, 256)
+  config.augment.flip = True
+  config.augment.shift = 4
+  config.augment.padding = 'reflect'
+  return config
