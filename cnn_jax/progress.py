@@ -1,7 +1,6 @@
 """What a run shows while it trains: one live line on a terminal, plain lines elsewhere."""
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ class Progress:
     self._total_steps, self._epochs = total_steps, epochs
     self._stream = stream or sys.stdout
     self._live = self._stream.isatty() and os.environ.get('TERM') != 'dumb'
-    self._line = ''  # live: what stands there now; else: the newest line, where not yet printed
+    self._parts: dict[str, str] = {}  # of the line that stands there, or that is still to be printed
     self._epoch: int | None = None
     self._printed = time.monotonic()
     self._first: tuple[int, float] | None = None  # step and time of the first update, which compiled
@@ -44,7 +43,7 @@ class Progress:
     if not self._live and epoch != self._epoch:
       self._print_line()
     self._epoch = epoch
-    self._line = self._describe(step, epoch, metrics, images_per_second, now)
+    self._parts = self._describe(step, epoch, metrics, images_per_second, now)
     if self._live:
       self._draw()
     elif step >= self._total_steps or now - self._printed >= _SECONDS_BETWEEN_LINES:
@@ -62,10 +61,10 @@ class Progress:
 
   def close(self) -> None:
     """Leaves the last line standing; safe to call twice."""
-    if self._live and self._line:
+    if self._live and self._parts:
       self._stream.write('\n')
       self._stream.flush()
-      self._line = ''
+      self._parts = {}
     else:
       self._print_line()
 
@@ -75,41 +74,46 @@ class Progress:
   def __exit__(self, *_: object) -> None:
     self.close()
 
-  def _describe(self, step: int, epoch: int, metrics: Mapping[str, float], images_per_second: float, now: float) -> str:
-    parts = [f'epoch {epoch}/{self._epochs}', f'step {step:,}/{self._total_steps:,}']
+  def _describe(
+    self, step: int, epoch: int, metrics: Mapping[str, float], images_per_second: float, now: float
+  ) -> dict[str, str]:
+    parts = {'epoch': f'epoch {epoch}/{self._epochs}', 'step': f'step {step:,}/{self._total_steps:,}'}
     if 'loss' in metrics:
-      parts.append(f'loss {metrics["loss"]:.4f}')
+      parts['loss'] = f'loss {metrics["loss"]:.4f}'
     if 'accuracy' in metrics:
-      parts.append(f'accuracy {100 * metrics["accuracy"]:.2f} %')
+      parts['accuracy'] = f'accuracy {100 * metrics["accuracy"]:.2f} %'
     if 'validation_accuracy' in metrics:
-      parts.append(f'validation {100 * metrics["validation_accuracy"]:.2f} %')
+      parts['validation'] = f'validation {100 * metrics["validation_accuracy"]:.2f} %'
     if 'learning_rate' in metrics:
-      parts.append(f'learning rate {metrics["learning_rate"]:.4g}')
-    parts.append(f'{images_per_second:,.0f} images/s')
+      parts['learning_rate'] = f'learning rate {metrics["learning_rate"]:.4g}'
+    parts['speed'] = f'{images_per_second:,.0f} images/s'
     self._first = self._first or (step, now)
     first_step, first_time = self._first
     if step > first_step:
-      seconds = round((self._total_steps - step) * (now - first_time) / (step - first_step))
-      parts.append(f'{_duration(seconds)} left')
+      parts['left'] = f'{_duration((self._total_steps - step) * (now - first_time) / (step - first_step))} left'
     if self._live:
-      filled = 20 * step // max(self._total_steps, 1)
-      parts.insert(0, f'[{"=" * filled}{" " * (20 - filled)}]')
-    return '  '.join(parts)
+      filled = 20 * step // self._total_steps
+      parts = {'bar': f'[{"=" * filled}{" " * (20 - filled)}]', **parts}
+    return parts
 
   def _draw(self) -> None:
     # One column short of the width: a full line would wrap, and \r would go back to the wrong one.
-    columns = shutil.get_terminal_size().columns
-    self._stream.write(f'\r{self._line[: columns - 1]}\x1b[K')
+    columns = (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1
+    parts = dict(self._parts)
+    for least in ('bar', 'learning_rate', 'speed', 'epoch', 'accuracy'):
+      if len('  '.join(parts.values())) > columns:
+        parts.pop(least, None)
+    self._stream.write(f'\r{"  ".join(parts.values())[:columns]}\x1b[K')
     self._stream.flush()
 
   def _print_line(self) -> None:
-    if self._line:
-      self._stream.write(f'{self._line}\n')
+    if self._parts:
+      self._stream.write(f'{"  ".join(self._parts.values())}\n')
       self._stream.flush()
-      self._line, self._printed = '', time.monotonic()
+      self._parts, self._printed = {}, time.monotonic()
 
 
-def _duration(seconds: int) -> str:
-  minutes, seconds = divmod(seconds, 60)
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

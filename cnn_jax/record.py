@@ -13,11 +13,13 @@ import math
 import os
 import platform
 import shlex
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from ml_collections import ConfigDict
 
@@ -135,20 +137,12 @@ class Recorder:
 
   def __init__(self, workdir: str | os.PathLike, *, step: int = 0, tensorboard: bool = True):
     self._workdir = Path(workdir)
-    self._events = None
     with _storage(self._workdir):
       self._written = _truncate(self._workdir / 'metrics.jsonl', step)
       _truncate(self._workdir / 'timing.jsonl', step)
       self._metrics = (self._workdir / 'metrics.jsonl').open('a')
       self._timing = (self._workdir / 'timing.jsonl').open('a')
-      if tensorboard:
-        from tensorboardX import SummaryWriter
-
-        # The name has the time in seconds; the process id tells apart two starts in one second.
-        # TensorBoard hides the events of an earlier file from `purge_step` on.
-        self._events = SummaryWriter(
-          str(self._workdir), filename_suffix=f'.{os.getpid()}', purge_step=step + 1 if step else None
-        )
+      self._events = _open_events(self._workdir, step) if tensorboard else None
 
   def append(
     self,
@@ -177,30 +171,32 @@ class Recorder:
           file.write(json.dumps(_plain({'step': step, 'epoch': epoch, 'split': split, **numbers})) + '\n')
           file.flush()
       if self._events is not None:
-        for name, value in {**values, **timing}.items():
-          if math.isfinite(value):  # tensorboardX warns of others, each time
-            self._events.add_scalar(f'{split}/{name}', float(value), step)
+        scalars = [
+          {'tag': f'{split}/{name}', 'simple_value': float(value)} for name, value in {**values, **timing}.items()
+        ]
+        self._events.write(_event(step=step, summary={'value': scalars}))
+        self._events.flush()
 
   def sync(self) -> None:
     """Puts everything on disk; called before a checkpoint, so that no line it counts on is lost."""
     with _storage(self._workdir):
-      for file in (self._metrics, self._timing):
+      for file in self._files():
         os.fsync(file.fileno())
-      if self._events is not None:
-        self._events.flush()
 
   def close(self) -> None:
     """Closes the files."""
-    self._metrics.close()
-    self._timing.close()
-    if self._events is not None:
-      self._events.close()
+    with _storage(self._workdir), contextlib.ExitStack() as stack:  # closes all, even if one finds the disk full
+      for file in self._files():
+        stack.callback(file.close)
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+  def _files(self) -> list[IO[Any]]:
+    return [self._metrics, self._timing] + ([self._events] if self._events is not None else [])
 
 
 def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> None:
@@ -270,6 +266,33 @@ def _truncate(path: Path, step: int) -> set[tuple[int, str]]:
   if kept != lines:
     _write(path, b''.join(kept).decode())
   return written
+
+
+def _open_events(workdir: Path, step: int) -> IO[bytes]:
+  """Opens a new TensorBoard file; it hides what earlier ones have of the steps after `step`.
+
+  tensorboardX gives the format. Its `SummaryWriter` is not used because it writes from a thread, whose
+  errors come too late for one line, and would overwrite a file begun in the same second.
+  """
+  now = time.time_ns()
+  file = (workdir / f'events.out.tfevents.{now // 10**9}.{platform.node()}.{now % 10**9:09}').open('xb')
+  file.write(_event(file_version='brain.Event:2'))
+  if step:
+    file.write(_event(step=step + 1, session_log={'status': 'START'}))
+  file.flush()
+  return file
+
+
+def _event(**fields: Any) -> bytes:
+  """One record of a TensorBoard file: length, its checksum, `Event` message, its checksum."""
+  from tensorboardX.proto.event_pb2 import Event
+  from tensorboardX.record_writer import masked_crc32c
+
+  message = Event(wall_time=time.time(), **fields).SerializeToString()
+  length = struct.pack('<Q', len(message))
+  return b''.join(
+    (length, struct.pack('<I', masked_crc32c(length)), message, struct.pack('<I', masked_crc32c(message)))
+  )
 
 
 def _plain(value: Any) -> Any:

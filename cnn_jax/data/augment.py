@@ -77,11 +77,12 @@ def augment(
   return pixels * mine + (1 - pixels) * other, weight * labels + (1 - weight) * partner_labels
 
 
-def warp(images: Array, angle: Array, zoom: Array, shift: Array, padding: str) -> Array:
-  """Rotates and zooms about the centre, then shifts, with bilinear interpolation.
+def warp(images: Array, mirror: Array, angle: Array, zoom: Array, shift: Array, padding: str) -> Array:
+  """Mirrors left-right, rotates and zooms about the centre, then shifts, with bilinear interpolation.
 
   Args:
     images: uint8 (B, H, W, C).
+    mirror: bool (B,).
     angle: float32 (B,), radians, anticlockwise as the image is seen.
     zoom: float32 (B,), greater than 1 enlarges.
     shift: (B, 2), pixels down and to the right.
@@ -98,6 +99,7 @@ def warp(images: Array, angle: Array, zoom: Array, shift: Array, padding: str) -
   cos, sin = (jnp.cos(angle) / zoom)[:, None, None], (jnp.sin(angle) / zoom)[:, None, None]
   from_row = cos * row + sin * column + centre[0]
   from_column = cos * column - sin * row + centre[1]
+  from_column = jnp.where(mirror[:, None, None], width - 1 - from_column, from_column)
   if padding == 'reflect':
     from_row, from_column = _reflect(from_row, height), _reflect(from_column, width)
   # One pixel of frame before and two after, so that all four neighbours exist.
@@ -117,7 +119,9 @@ def warp(images: Array, angle: Array, zoom: Array, shift: Array, padding: str) -
     neighbours = packed[:, 0].at[index].get(mode='promise_in_bounds')[..., None]
   else:
     neighbours = packed.at[index].get(mode='promise_in_bounds')
-  y, x = (from_row - top)[..., None], (from_column - left)[..., None]
+  # Without the barrier XLA may fuse the gather into each of its uses, and compute it as many times.
+  neighbours, row_in, column_in = jax.lax.optimization_barrier((neighbours, from_row - top, from_column - left))
+  y, x = row_in[..., None], column_in[..., None]
   # Through int32: its conversion to float is one vector instruction on the CPU, uint32's is not.
   corner = [(neighbours >> bits & 255).astype(jnp.int32).astype(jnp.float32) for bits in (0, 8, 16, 24)]
   above = corner[0] + (corner[1] - corner[0]) * x
@@ -133,16 +137,18 @@ def _to_input(levels: Array) -> Array:
 def _transform(config, key: Array, positions: Array, images: Array) -> Array:
   """Everything but mixing: uint8 (B, H, W, C) -> normalised float32 (B, H, W, C)."""
   draws = _draws(key, positions)
-  if config.flip:
-    images = jnp.where((draws[:, _FLIP] < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+  mirror = draws[:, _FLIP] < (0.5 if config.flip else 0)
   # Whole pixels, each of -shift..shift with the same probability.
   shift = jnp.floor(draws[:, (_SHIFT_Y, _SHIFT_X)] * (2 * config.shift + 1)).astype(jnp.int32) - config.shift
   if config.rotate or config.scale:
     angle = math.radians(config.rotate) * (2 * draws[:, _ROTATE] - 1)
     zoom = 1 + config.scale * (2 * draws[:, _SCALE] - 1)
-    images = jax.lax.optimization_barrier(warp(images, angle, zoom, shift, config.padding))
-  elif config.shift:
-    images = _shift(images, shift, config.shift, config.padding)
+    images = warp(images, mirror, angle, zoom, shift, config.padding)
+  else:
+    if config.flip:
+      images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
+    if config.shift:
+      images = _shift(images, shift, config.shift, config.padding)
   images = images.astype(jnp.float32)
   if config.contrast or config.brightness:
     mean = images.mean((1, 2, 3), keepdims=True)
@@ -151,7 +157,7 @@ def _transform(config, key: Array, positions: Array, images: Array) -> Array:
     images = (images - mean) * factor[:, None, None, None] + mean + added[:, None, None, None]
     images = jnp.clip(images, 0, 255)
   if config.erase:
-    mean = images.mean((1, 2), keepdims=True)
+    images, mean = jax.lax.optimization_barrier((images, images.mean((1, 2), keepdims=True)))
     images = jnp.where(_erased(config, draws, *images.shape[1:3])[..., None], mean, images)
   return _to_input(images)
 

@@ -1,0 +1,249 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax.config import default_config
+from cnn_jax.data import augment as augment_lib
+from cnn_jax.data.augment import augment, needs_partners, normalize, warp
+
+
+def settings(**fields):
+  config = default_config().augment
+  for name, value in fields.items():
+    config[name] = value
+  return config
+
+
+def batch(n=8, height=6, width=6, channels=1, seed=0):
+  images = np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), dtype=np.uint8)
+  labels = np.eye(4, dtype=np.float32)[np.arange(n) % 4]
+  return jnp.asarray(images), jnp.asarray(labels), jnp.arange(n, dtype=jnp.int32)
+
+
+def run(config, images, labels, positions, *partner, key=0):
+  return jax.jit(functools.partial(augment, config))(jax.random.key(key), positions, images, labels, *partner)
+
+
+def pixels(images):
+  """Undoes `normalize`."""
+  return (np.asarray(images, np.float64) * 255 + 255) / 2
+
+
+EVERYTHING = settings(
+  shift=2, flip=True, rotate=15.0, scale=0.1, erase=0.5, brightness=0.2, contrast=0.2, mixup=0.4, cutmix=1.0
+)
+
+
+def test_normalize_maps_the_ends_and_the_middle():
+  result = normalize(np.array([0, 51, 204, 255], np.uint8).reshape(1, 2, 2, 1))
+  assert result.dtype == jnp.float32
+  np.testing.assert_array_equal(result.ravel(), np.array([-1, -0.6, 0.6, 1], np.float32))
+
+
+def test_with_every_field_off_it_is_normalize():
+  images, labels, positions = batch(channels=3)
+  assert not needs_partners(settings())
+  result, same = run(settings(), images, labels, positions)
+  np.testing.assert_array_equal(result, jax.jit(normalize)(images))
+  np.testing.assert_array_equal(result, normalize(images))
+  np.testing.assert_array_equal(same, labels)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_a_batch_in_two_halves_gives_the_same(channels):
+  images, labels, positions = batch(8, channels=channels)
+  partners = positions[::-1], images[::-1], labels[::-1]
+  assert needs_partners(EVERYTHING)
+  whole = run(EVERYTHING, images, labels, positions, *partners)
+  halves = [
+    run(EVERYTHING, images[part], labels[part], positions[part], *(p[part] for p in partners))
+    for part in (slice(0, 4), slice(4, 8))
+  ]
+  for i in range(2):
+    np.testing.assert_allclose(whole[i], np.concatenate([halves[0][i], halves[1][i]]), atol=1e-6)
+  np.testing.assert_allclose(whole[1].sum(1), 1, atol=1e-6)
+  assert float(jnp.abs(whole[0]).max()) <= 1 + 1e-6
+
+
+def test_another_key_and_another_position_draw_otherwise():
+  images, labels, positions = batch(8)
+  images = jnp.broadcast_to(images[:1], images.shape)
+  config = settings(shift=2)
+  one, _ = run(config, images, labels, positions)
+  other, _ = run(config, images, labels, positions, key=1)
+  assert (np.asarray(one) != np.asarray(other)).any()
+  assert len({image.tobytes() for image in np.asarray(one)}) > 4
+
+
+@pytest.mark.parametrize('padding', ['constant', 'reflect'])
+def test_shift_is_a_slice_of_the_padded_image_and_all_shifts_are_as_likely(padding):
+  n, limit = 2000, 2
+  images, _, positions = batch(1, 5, 7)
+  image = np.asarray(images)[0, :, :, 0]
+  level = int(np.rint(np.mean([image[0, 0], image[0, -1], image[-1, 0], image[-1, -1]])))
+  padded = np.pad(image, limit, **({'constant_values': level} if padding == 'constant' else {'mode': 'reflect'}))
+  candidates = {
+    padded[top : top + 5, left : left + 7].tobytes(): (top, left) for top in range(5) for left in range(5)
+  }
+  assert len(candidates) == 25
+  images = jnp.broadcast_to(images, (n, 5, 7, 1))
+  result, _ = run(settings(shift=limit, padding=padding), images, jnp.zeros((n, 1)), jnp.arange(n, dtype=jnp.int32))
+  levels = np.rint(pixels(result)).astype(np.uint8)[..., 0]
+  counts = np.zeros((5, 5), int)
+  for shifted in levels:
+    counts[candidates[shifted.tobytes()]] += 1  # a KeyError is an image that no slice explains
+  # 80 expected in each, standard deviation 8.8.
+  assert counts.min() > 40 and counts.max() < 125
+
+
+def test_flip_mirrors_half_of_the_images():
+  n = 1000
+  images, _, positions = batch(1, 4, 5, 3)
+  result, _ = run(settings(flip=True), jnp.broadcast_to(images, (n, 4, 5, 3)), jnp.zeros((n, 1)), jnp.arange(n))
+  as_is = (np.asarray(result) == np.asarray(normalize(images))).all((1, 2, 3))
+  mirrored = (np.asarray(result) == np.asarray(normalize(images[:, :, ::-1]))).all((1, 2, 3))
+  assert (as_is ^ mirrored).all()
+  assert 420 < mirrored.sum() < 580
+
+
+def warp_one(image, mirror=False, angle=0.0, zoom=1.0, shift=(0, 0), padding='constant'):
+  arguments = [jnp.array([x]) for x in (mirror, angle, zoom)]
+  return np.asarray(warp(jnp.asarray(image)[None], *arguments, jnp.array([shift]), padding))[0]
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_warp_by_a_quarter_turn_is_rot90(channels):
+  image = np.asarray(batch(1, 7, 7, channels)[0])[0]
+  np.testing.assert_allclose(warp_one(image, angle=math.pi / 2), np.rot90(image), atol=1e-2)
+  np.testing.assert_allclose(warp_one(image, mirror=True, angle=math.pi / 2), np.rot90(image[:, ::-1]), atol=1e-2)
+
+
+def test_warp_that_only_shifts_moves_whole_pixels():
+  image = np.asarray(batch(1, 5, 6)[0])[0]
+  image[[0, 0, -1, -1], [0, -1, 0, -1]] = 90
+  expected = np.full((5, 6, 1), 90)
+  expected[1:, :-2] = image[:-1, 2:]  # one down, two to the left
+  np.testing.assert_allclose(warp_one(image, shift=(1, -2)), expected, atol=1e-3)
+  expected = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode='reflect')[1:6, 4:10]
+  np.testing.assert_allclose(warp_one(image, shift=(1, -2), padding='reflect'), expected, atol=1e-3)
+
+
+def test_warp_interpolates_linearly_between_pixels():
+  # Zoomed twice about the centre 1.5, the row 0 10 20 30 is read at 0.75, 1.25, 1.75, 2.25.
+  image = np.tile(np.array([0, 10, 20, 30], np.uint8)[None, :, None], (4, 1, 1))
+  np.testing.assert_allclose(warp_one(image, zoom=2.0)[1, :, 0], [7.5, 12.5, 17.5, 22.5], atol=1e-4)
+
+
+def test_rotation_and_zoom_stay_within_what_is_asked():
+  # A single bright pixel to the right of the centre shows the angle and the zoom.
+  n, size = 400, 41
+  image = np.zeros((size, size, 1), np.uint8)
+  image[20, 35] = 255
+  images = jnp.broadcast_to(jnp.asarray(image), (n, size, size, 1))
+  result, _ = run(settings(rotate=30.0, scale=0.2), images, jnp.zeros((n, 1)), jnp.arange(n))
+  levels = pixels(result)[..., 0]
+  y, x = np.mgrid[:size, :size] - 20.0
+  mass = levels.sum((1, 2))
+  angle = np.degrees(np.arctan2((levels * -y).sum((1, 2)) / mass, (levels * x).sum((1, 2)) / mass))
+  radius = np.hypot((levels * y).sum((1, 2)) / mass, (levels * x).sum((1, 2)) / mass) / 15
+  assert np.abs(angle).max() < 32 and angle.min() < -25 and angle.max() > 25
+  assert 0.76 < radius.min() < 0.84 and 1.16 < radius.max() < 1.24
+
+
+def test_brightness_adds_one_number_to_the_whole_image():
+  images = jnp.full((200, 4, 4, 1), 128, jnp.uint8)
+  result, _ = run(settings(brightness=0.25), images, jnp.zeros((200, 1)), jnp.arange(200))
+  added = pixels(result) / 255 - 128 / 255
+  np.testing.assert_allclose(added, np.broadcast_to(added[:, :1, :1], added.shape), atol=1e-6)
+  assert np.abs(added).max() <= 0.25 + 1e-6 and added.min() < -0.2 and added.max() > 0.2
+
+
+def test_contrast_scales_the_distance_to_the_mean():
+  image = np.array([[100, 120], [140, 160]], np.uint8)[None, :, :, None]
+  images = jnp.broadcast_to(jnp.asarray(image), (200, 2, 2, 1))
+  result, _ = run(settings(contrast=0.5), images, jnp.zeros((200, 1)), jnp.arange(200))
+  levels = pixels(result)
+  np.testing.assert_allclose(levels.mean((1, 2, 3)), 130, atol=1e-3)
+  factors = (levels - 130) / (np.asarray(image) - 130.0)
+  np.testing.assert_allclose(factors, np.broadcast_to(factors[:, :1, :1], factors.shape), atol=1e-4)
+  assert 0.5 - 1e-4 <= factors.min() < 0.6 and 1.4 < factors.max() <= 1.5 + 1e-4
+
+
+def test_erasing_fills_one_rectangle_with_the_mean():
+  n, size = 300, 20
+  images, _, _ = batch(1, size, size, 3)
+  image = np.asarray(images)[0].astype(float)
+  result, _ = run(settings(erase=0.5), jnp.broadcast_to(images, (n, size, size, 3)), jnp.zeros((n, 1)), jnp.arange(n))
+  levels = pixels(result)
+  changed = (np.abs(levels - image) > 1e-2).any(-1)
+  erased = changed.any((1, 2))
+  assert 110 < erased.sum() < 190
+  for one, mask in zip(levels[erased], changed[erased], strict=True):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    area = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    assert mask.sum() == area
+    assert 0.01 * size**2 <= area <= 0.36 * size**2
+    np.testing.assert_allclose(one[mask], np.broadcast_to(image.mean((0, 1)), (area, 3)), atol=1e-2)
+
+
+def mix(config, n=200, size=8):
+  """Black images of class 0, each with a white partner of class 1."""
+  black, white = jnp.zeros((n, size, size, 1), jnp.uint8), jnp.full((n, size, size, 1), 255, jnp.uint8)
+  first, second = jnp.tile(jnp.array([1.0, 0.0]), (n, 1)), jnp.tile(jnp.array([0.0, 1.0]), (n, 1))
+  positions = jnp.arange(n, dtype=jnp.int32)
+  images, labels = run(config, black, first, positions, positions[::-1], white, second)
+  return pixels(images)[..., 0] / 255, np.asarray(labels)
+
+
+def test_mixup_mixes_images_and_labels_by_the_same_weights():
+  images, labels = mix(settings(mixup=1.0))
+  np.testing.assert_allclose(labels.sum(1), 1, atol=1e-6)
+  np.testing.assert_allclose(images, np.broadcast_to(labels[:, 1, None, None], images.shape), atol=1e-5)
+  # Beta(1, 1) is uniform: mean 1/2, standard deviation 0.289.
+  assert abs(labels[:, 1].mean() - 0.5) < 0.08 and abs(labels[:, 1].std() - 0.289) < 0.04
+
+
+def test_cutmix_pastes_a_rectangle_and_weighs_labels_by_its_area():
+  images, labels = mix(settings(cutmix=1.0))
+  np.testing.assert_allclose(labels.sum(1), 1, atol=1e-6)
+  np.testing.assert_allclose(np.minimum(np.abs(images), np.abs(images - 1)), 0, atol=1e-6)
+  np.testing.assert_allclose(images.mean((1, 2)), labels[:, 1], atol=1e-6)
+  for mask in images > 0.5:
+    rows, columns = mask.any(1).sum(), mask.any(0).sum()
+    assert mask.sum() == rows * columns
+  assert len(np.unique(labels[:, 1])) > 20
+
+
+def test_with_both_on_each_example_takes_one_of_them():
+  images, labels = mix(settings(mixup=1.0, cutmix=1.0))
+  np.testing.assert_allclose(images.mean((1, 2)), labels[:, 1], atol=1e-5)
+  flat = np.ptp(images, axis=(1, 2)) < 1e-6
+  blended = flat & (images[:, 0, 0] > 1e-4) & (images[:, 0, 0] < 1 - 1e-4)
+  assert 70 < blended.sum() < 130
+  binary = (np.minimum(np.abs(images), np.abs(images - 1)) < 1e-6).all((1, 2))
+  assert (blended | binary).all()
+
+
+def test_the_partner_is_mixed_in_as_it_is_augmented_itself():
+  images, labels, positions = batch(16)
+  order = jnp.asarray(np.random.default_rng(1).permutation(16))
+  plain = settings(shift=2, flip=True)
+  own, _ = run(plain, images, labels, positions)
+  config = settings(shift=2, flip=True, mixup=1.0)
+  mixed, mixed_labels = run(config, images, labels, positions, positions[order], images[order], labels[order])
+  weight, _ = augment_lib._mixing(config, jax.random.key(0), positions, images.shape)
+  weight = np.asarray(weight)[:, None, None, None]
+  np.testing.assert_allclose(mixed, weight * own + (1 - weight) * own[order], atol=1e-5)
+  weight = weight[:, :, 0, 0]
+  np.testing.assert_allclose(mixed_labels, weight * labels + (1 - weight) * labels[order], atol=1e-6)
+
+
+def test_switching_one_augmentation_on_leaves_the_draws_of_the_others():
+  images, labels, positions = batch(32)
+  shifted, _ = run(settings(shift=2), images, labels, positions)
+  brighter, _ = run(settings(shift=2, brightness=1e-6), images, labels, positions)
+  np.testing.assert_allclose(shifted, brighter, atol=1e-4)

@@ -1,0 +1,213 @@
+"""The commands as a user meets them: what they print, write and answer to mistakes."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnn_jax import evaluate
+from tests.conftest import ROOT, run_command
+
+DIGITS = '--config=configs/digits.py'
+
+
+def test_a_run_leaves_its_record(digits_run):
+  result = json.loads((digits_run / 'result.json').read_text())
+  assert result['dataset'] == 'Digits, 1,797 images bundled with scikit-learn'
+  assert result['num_train'] + result['num_validation'] + result['num_test'] == 1797
+  assert result['epochs'] == 12
+  assert result['steps'] == 12 * (result['num_train'] // 64)
+  assert result['test_accuracy'] > 0.9
+  assert result['images_per_second'] > 0
+  lines = [json.loads(line) for line in (digits_run / 'metrics.jsonl').read_text().splitlines()]
+  assert len({(line['step'], line['split']) for line in lines}) == len(lines)
+  assert {line['split'] for line in lines} == {'train', 'validation'}
+  train = [line for line in lines if line['split'] == 'train']
+  assert [line['step'] for line in train] == sorted(line['step'] for line in train)
+  assert train[-1]['step'] == result['steps']
+  for name in ('loss', 'accuracy', 'learning_rate', 'gradient_norm', 'parameter_norm', 'update_norm'):
+    assert all(np.isfinite(line[name]) for line in train)
+  assert train[-1]['learning_rate'] < train[0]['learning_rate']
+  timing = [json.loads(line) for line in (digits_run / 'timing.jsonl').read_text().splitlines()]
+  assert all(0 <= line['data_wait_share'] < 1 for line in timing if line['split'] == 'train')
+  config = json.loads((digits_run / 'config.json').read_text())
+  assert config['epochs'] == 12
+  environment = json.loads((digits_run / 'environment.json').read_text())
+  assert environment['versions']['jax']
+  assert '--config.epochs=12' in environment['command']
+  assert list(digits_run.glob('events.out.tfevents.*'))
+
+
+def test_evaluate_finds_what_the_run_reported(digits_run):
+  result = json.loads((digits_run / 'result.json').read_text())
+  done = run_command('cnn_jax.evaluate', f'--workdir={digits_run}')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found['n'] == result['num_test']
+  for name in ('loss', 'accuracy', 'top5_accuracy'):
+    assert found[name] == result[f'test_{name}']
+  best = json.loads(
+    run_command('cnn_jax.evaluate', f'--workdir={digits_run}', '--split=validation', '--checkpoint=best').stdout
+  )
+  assert best['accuracy'] >= result['validation_accuracy']
+
+
+def test_a_run_is_read_back_for_use(digits_run):
+  run = evaluate.load_run(digits_run)
+  assert run.class_names == tuple('0123456789')
+  assert run.image_shape == (8, 8, 1)
+  split = evaluate.load_run_dataset(run).test
+  logits = evaluate.compute_logits(run.model, run.variables, split.images, 100)
+  result = json.loads((digits_run / 'result.json').read_text())
+  assert (logits.argmax(axis=1) == split.labels).mean() == result['test_accuracy']
+
+
+def _folder(path, classes=('cat', 'dog'), images=3):
+  for name in classes:
+    (path / name).mkdir(parents=True)
+    for i in range(images):
+      Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(path / name / f'{i}.png')
+  return path
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ([], 'which experiment'),
+    (['--config=configs/nothing.py'], 'no config file configs/nothing.py'),
+    ([DIGITS, '--config.epoch=3'], 'epoch'),
+    ([DIGITS, '--config.epochs=many'], 'epochs'),
+    ([DIGITS, '--config.epochs=0'], 'config.epochs is 0'),
+    ([DIGITS, '--wrkdir=x'], 'wrkdir'),
+    ([DIGITS, 'more'], "'more' is not a flag"),
+    ([DIGITS, '--config.model.pool=mean'], 'max, avg, none'),
+    ([DIGITS, '--config.batch_size=5000'], 'training images'),
+    ([DIGITS, '--config.data.image_size=2'], 'pixels'),
+    ([DIGITS, '--config.augment.shift=9'], 'config.augment.shift is 9'),
+    (['--config=configs/image_folder.py', '--config.data.dir=/nowhere/at/all'], '/nowhere/at/all'),
+  ],
+)
+def test_a_mistake_is_one_line_and_status_2(tmp_path, arguments, message):
+  workdir = [] if any('wrkdir' in a for a in arguments) else [f'--workdir={tmp_path / "run"}']
+  started = time.monotonic()
+  done = run_command('cnn_jax.main', *arguments, *workdir)
+  assert done.returncode == 2, done.stderr
+  assert message in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+  assert done.stderr.startswith('error: ')
+  assert time.monotonic() - started < 60
+
+
+def test_a_typo_inside_a_config_file_is_named(tmp_path):
+  file = tmp_path / 'mine.py'
+  body = 'from cnn_jax.config import default_config\ndef get_config():\n  config = default_config()\n  {}\n  return config\n'
+  for line, name in (('config.optimizer.learning_rte = 1.0', 'learning_rate'), ('config.epochs = "3"', 'epochs')):
+    file.write_text(body.format(line))
+    done = run_command('cnn_jax.main', f'--config={file}', f'--workdir={tmp_path / "run"}')
+    assert done.returncode == 2
+    assert name in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('count', [(('cat',), 3), (('cat', 'dog'), 0), (('cat',), 1)])
+def test_folders_that_cannot_be_trained_on(tmp_path, count):
+  folder = _folder(tmp_path / 'pictures', *count)
+  done = run_command(
+    'cnn_jax.main', '--config=configs/image_folder.py', f'--config.data.dir={folder}', f'--workdir={tmp_path / "run"}'
+  )
+  assert done.returncode == 2
+  assert 'pictures' in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_batches_must_divide_over_devices(tmp_path):
+  done = run_command(
+    'cnn_jax.main', DIGITS, '--config.batch_size=60', f'--workdir={tmp_path}',
+    XLA_FLAGS='--xla_force_host_platform_device_count=8',
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert 'the nearest that do: 56 or 64' in done.stderr
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+  (tmp_path / 'file').write_text('')
+  done = run_command('cnn_jax.main', DIGITS, f'--workdir={tmp_path / "file" / "run"}')
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_divergence_is_status_3(tmp_path):
+  done = run_command(
+    'cnn_jax.main', DIGITS, '--config.optimizer.learning_rate=1e30', '--config.model.norm=none',
+    '--config.log.tensorboard=False', f'--workdir={tmp_path / "run"}',
+  )  # fmt: skip
+  assert done.returncode == 3, done.stderr
+  assert done.stderr.startswith('error: the loss of step')
+  assert len(done.stderr.splitlines()) == 1
+  assert not (tmp_path / 'run' / 'result.json').exists()
+
+
+def test_evaluate_refuses_what_is_no_run(tmp_path, digits_run):
+  done = run_command('cnn_jax.evaluate', f'--workdir={tmp_path}')
+  assert done.returncode == 2
+  assert 'config.json is missing' in done.stderr
+  shutil.copy(digits_run / 'config.json', tmp_path)
+  done = run_command('cnn_jax.evaluate', f'--workdir={tmp_path}')
+  assert done.returncode == 2
+  assert 'no checkpoint yet' in done.stderr
+  done = run_command('cnn_jax.evaluate', f'--workdir={digits_run}', '--split=tests')
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_workdir_belongs_to_one_process(tmp_path, digits_run):
+  from cnn_jax import record
+
+  workdir = tmp_path / 'run'
+  with record.lock(workdir):
+    done = run_command('cnn_jax.main', DIGITS, f'--workdir={workdir}')
+  assert done.returncode == 2
+  assert 'in use by process' in done.stderr
+
+
+def test_two_processes_train_as_one(tmp_path):
+  """Two processes of two devices each, as on two hosts, end where one process with four devices does."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    coordinator = f'127.0.0.1:{s.getsockname()[1]}'
+  arguments = [
+    'cnn_jax.main', DIGITS, '--config.epochs=2', '--config.schedule.warmup_epochs=1.0',
+    '--config.log.tensorboard=False', '--config.evaluation.every_epochs=1',
+  ]  # fmt: skip
+  together = tmp_path / 'together'
+  environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  import os
+
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable, '-m', *arguments, f'--workdir={together}',
+        f'--coordinator={coordinator}', '--num_processes=2', f'--process_id={i}',
+      ],
+      cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  outputs = [process.communicate(timeout=240) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  assert outputs[1][0] == ''  # only the first one reports
+  alone = tmp_path / 'alone'
+  done = run_command(*arguments, f'--workdir={alone}', XLA_FLAGS='--xla_force_host_platform_device_count=4')
+  assert done.returncode == 0, done.stderr
+  one, two = (json.loads((w / 'result.json').read_text()) for w in (alone, together))
+  assert one['test_loss'] == pytest.approx(two['test_loss'], rel=1e-3)
+  lines = [(w / 'metrics.jsonl').read_text().splitlines() for w in (alone, together)]
+  assert len(lines[0]) == len(lines[1])
+  first = [json.loads(found[0])['loss'] for found in lines]
+  assert first[0] == pytest.approx(first[1], rel=1e-4)
