@@ -12,7 +12,7 @@ train: .venv/installed
 	.venv/bin/python -m cnn_jax.main --config=configs/mnist.py $(ARGS)
 
 test: .venv/installed
-	.venv/bin/python -m pytest --cov --cov-report=term $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist loadfile --cov --cov-report=term $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

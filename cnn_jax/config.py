@@ -235,9 +235,7 @@ def _check_fields(config: ConfigDict, base: ConfigDict, prefix: str) -> None:
       raise UsageError(f'config.{prefix}{name} is not a field; {hint}')
   for name, default in base.items():
     if name not in config:
-      raise UsageError(
-        f'config.{prefix}{name} is missing; start the config from cnn_jax.config.default_config().'
-      )
+      raise UsageError(f'config.{prefix}{name} is missing; start the config from cnn_jax.config.default_config().')
     value = config[name]
     if isinstance(default, ConfigDict) and isinstance(value, ConfigDict):
       _check_fields(value, default, f'{prefix}{name}.')

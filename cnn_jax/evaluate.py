@@ -1,6 +1,6 @@
 """Exact evaluation: every example of a split counts once, on any number of devices. Also a command.
 
-    python -m cnn_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=last]
+python -m cnn_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=last]
 """
 
 import dataclasses

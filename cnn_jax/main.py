@@ -113,23 +113,26 @@ def _parse(argv: Sequence[str]) -> tuple[Any, str]:
     print(__doc__)
     print(_FLAGS.main_module_help() or _FLAGS.get_help())
     sys.exit(command.DONE)
-  name = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), '--config')
+  name = next((a.split('=', 1)[1] for a in argv if a.startswith('--config=')), None)
+  if name is None:
+    raise UsageError('which experiment? give --config=configs/mnist.py or another file of configs/.')
+  if not pathlib.Path(name.split(':')[0]).is_file():
+    raise UsageError(f'there is no config file {name}; those that come with the project are in configs/.')
   try:
     rest = _FLAGS(['cnn_jax.main', *argv])[1:]
+    config = _CONFIG.value
+    config.keys()  # a config that could not be loaded says so when it is touched
   except flags.Error as error:
     raise UsageError(f'{error}') from error
-  except FileNotFoundError as error:
-    raise UsageError(f'there is no config file {name}; those that come with the project are in configs/.') from error
-  except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+  except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError, OSError) as error:
     # What a config file or an override raises; the message of ml_collections names the field
     # and its nearest neighbour.
-    raise UsageError(f'{name}: {type(error).__name__}: {error}') from error
+    cause = error.__cause__ or error
+    raise UsageError(f'{name}: {type(cause).__name__}: {cause}') from error
   if rest:
     raise UsageError(f'{rest[0]!r} is not a flag; a field is set by --config.NAME=VALUE.')
-  if _CONFIG.value is None:
-    raise UsageError('which experiment? give --config=configs/mnist.py or another file of configs/.')
   stem = pathlib.Path(name.split(':')[0]).stem
-  return _CONFIG.value, _WORKDIR.value or f'runs/{stem}-{time.strftime("%Y%m%d-%H%M%S")}'
+  return config, _WORKDIR.value or f'runs/{stem}-{time.strftime("%Y%m%d-%H%M%S")}'
 
 
 def _join_processes() -> None:

@@ -190,7 +190,7 @@ class ConvBlock(nn.Module):
         name=name,
       )
     if self.norm == 'group':
-      groups = next(g for g in (32, 16, 8, 4, 2, 1) if self.features % g == 0 and self.features // g >= 2 or g == 1)
+      groups = next(g for g in (32, 16, 8, 4, 2, 1) if (self.features % g == 0 and self.features // g >= 2) or g == 1)
       return nn.GroupNorm(num_groups=groups, dtype=self.dtype, name=name)
     return lambda x: x
 

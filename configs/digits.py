@@ -1,6 +1,6 @@
 """Digits: 1,797 images of 8x8 pixels, trained in seconds; also what the tests train on.
 
-    python -m cnn_jax.main --config=configs/digits.py
+python -m cnn_jax.main --config=configs/digits.py
 """
 
 from cnn_jax.config import default_config

@@ -1,6 +1,6 @@
 """MNIST: a 94,000-parameter network. TABLE
 
-    python -m cnn_jax.main --config=configs/mnist.py
+python -m cnn_jax.main --config=configs/mnist.py
 """
 
 from cnn_jax.config import default_config

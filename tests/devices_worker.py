@@ -1,6 +1,6 @@
 """Takes some steps on all devices of this process and saves what came of them; run by test_train.py.
 
-    python -m tests.devices_worker OUTPUT.npz
+python -m tests.devices_worker OUTPUT.npz
 """
 
 import sys

@@ -82,13 +82,11 @@ def test_another_key_and_another_position_draw_otherwise():
 @pytest.mark.parametrize('padding', ['constant', 'reflect'])
 def test_shift_is_a_slice_of_the_padded_image_and_all_shifts_are_as_likely(padding):
   n, limit = 2000, 2
-  images, _, positions = batch(1, 5, 7)
+  images, _, _positions = batch(1, 5, 7)
   image = np.asarray(images)[0, :, :, 0]
   level = int(np.rint(np.mean([image[0, 0], image[0, -1], image[-1, 0], image[-1, -1]])))
   padded = np.pad(image, limit, **({'constant_values': level} if padding == 'constant' else {'mode': 'reflect'}))
-  candidates = {
-    padded[top : top + 5, left : left + 7].tobytes(): (top, left) for top in range(5) for left in range(5)
-  }
+  candidates = {padded[top : top + 5, left : left + 7].tobytes(): (top, left) for top in range(5) for left in range(5)}
   assert len(candidates) == 25
   images = jnp.broadcast_to(images, (n, 5, 7, 1))
   result, _ = run(settings(shift=limit, padding=padding), images, jnp.zeros((n, 1)), jnp.arange(n, dtype=jnp.int32))
@@ -102,7 +100,7 @@ def test_shift_is_a_slice_of_the_padded_image_and_all_shifts_are_as_likely(paddi
 
 def test_flip_mirrors_half_of_the_images():
   n = 1000
-  images, _, positions = batch(1, 4, 5, 3)
+  images, _, _positions = batch(1, 4, 5, 3)
   result, _ = run(settings(flip=True), jnp.broadcast_to(images, (n, 4, 5, 3)), jnp.zeros((n, 1)), jnp.arange(n))
   as_is = (np.asarray(result) == np.asarray(normalize(images))).all((1, 2, 3))
   mirrored = (np.asarray(result) == np.asarray(normalize(images[:, :, ::-1]))).all((1, 2, 3))
@@ -123,7 +121,7 @@ def test_warp_by_a_quarter_turn_is_rot90(channels):
 
 
 def test_warp_that_only_shifts_moves_whole_pixels():
-  image = np.asarray(batch(1, 5, 6)[0])[0]
+  image = np.array(batch(1, 5, 6)[0])[0]
   image[[0, 0, -1, -1], [0, -1, 0, -1]] = 90
   expected = np.full((5, 6, 1), 90)
   expected[1:, :-2] = image[:-1, 2:]  # one down, two to the left
@@ -205,6 +203,15 @@ def test_mixup_mixes_images_and_labels_by_the_same_weights():
   np.testing.assert_allclose(images, np.broadcast_to(labels[:, 1, None, None], images.shape), atol=1e-5)
   # Beta(1, 1) is uniform: mean 1/2, standard deviation 0.289.
   assert abs(labels[:, 1].mean() - 0.5) < 0.08 and abs(labels[:, 1].std() - 0.289) < 0.04
+
+
+@pytest.mark.parametrize('alpha', [0.2, 2.0])
+def test_weights_are_beta_distributed(alpha):
+  uniform = (jnp.arange(100000) + 0.5) / 100000
+  weights = np.asarray(augment_lib._beta_quantile(uniform, alpha), np.float64)
+  assert abs(weights.mean() - 0.5) < 1e-4
+  assert abs(weights.var() - 1 / (4 * (2 * alpha + 1))) < 1e-3  # of Beta(alpha, alpha)
+  assert (np.diff(weights) >= 0).all() and weights.min() >= 0 and weights.max() <= 1
 
 
 def test_cutmix_pastes_a_rectangle_and_weighs_labels_by_its_area():

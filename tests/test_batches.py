@@ -4,7 +4,7 @@ import pytest
 from cnn_jax.data.batches import epoch_indices
 
 
-@pytest.mark.parametrize('num_examples, batch_size', [(10, 3), (12, 4), (1000, 128), (5, 5)])
+@pytest.mark.parametrize(('num_examples', 'batch_size'), [(10, 3), (12, 4), (1000, 128), (5, 5)])
 def test_each_example_at_most_once_and_only_the_remainder_sits_out(num_examples, batch_size):
   indices = epoch_indices(num_examples, batch_size, seed=0, epoch=0)
   assert indices.shape == (num_examples // batch_size, batch_size)

@@ -43,5 +43,7 @@ def test_smoothing_and_cross_entropy_by_hand():
 
 
 def test_training_sums_count_the_largest_label():
-  sums = metrics.training_sums(jnp.array([1.0, 2.0]), jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([[0.6, 0.4], [1, 0]]))
+  sums = metrics.training_sums(
+    jnp.array([1.0, 2.0]), jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([[0.6, 0.4], [1, 0]])
+  )
   assert {name: float(value) for name, value in sums.items()} == {'loss': 3.0, 'accuracy': 1.0, 'count': 2.0}

@@ -293,7 +293,7 @@ def _prepare(config_data, obstacle: str) -> pathlib.Path:
     bundled = ', or set config.data.source=bundled for a part of it that is installed' if name in BUNDLED else ''
     raise UsageError(
       f'TFDS set {name!r} is not prepared in {directory}, and {obstacle}; on a machine with a network run '
-      f"{_INSTALL} and the same command, then point TFDS_DATA_DIR to its data directory{bundled}."
+      f'{_INSTALL} and the same command, then point TFDS_DATA_DIR to its data directory{bundled}.'
     )
   print(f'Preparing TFDS set {name} in {directory}.', file=sys.stderr, flush=True)
   code = (
