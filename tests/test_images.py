@@ -49,7 +49,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
 
 
 def test_integers_beyond_sixteen_bits_are_an_error():
-  with pytest.raises(UsageError, match='big.tif.* 0 to 65535'):
+  with pytest.raises(UsageError, match=r'big.tif.* 0 to 65535'):
     load_image(encoded(np.array([[0, 70000]], np.int32), 'TIFF'), name='big.tif')
 
 
@@ -156,7 +156,7 @@ def test_each_failure_names_the_file_and_the_reason(tmp_path):
     with pytest.raises(UsageError, match=f'{name} .*{reason}') as error:
       load_image(tmp_path / name)
     assert '\n' not in str(error.value)
-  with pytest.raises(UsageError, match='nowhere.png does not exist'):
+  with pytest.raises(UsageError, match=r'nowhere.png does not exist'):
     load_image(tmp_path / 'nowhere.png')
   with pytest.raises(UsageError, match='is a directory'):
     load_image(tmp_path)

