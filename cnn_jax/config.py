@@ -19,6 +19,7 @@ def default_config() -> ConfigDict:
   config.seed = 0  # of initialisation, order, augmentation and dropout
   config.batch_size = 128  # images per step over all devices of all processes
   config.epochs = 12  # passes over the training split
+  config.init_from = ''  # workdir of a run whose weights to start from: fine-tuning
   config.min_steps = 0  # at least so many steps: a set too small for `epochs` gets more of them
 
   config.data = data = ConfigDict()
@@ -57,6 +58,7 @@ def default_config() -> ConfigDict:
   model.residual = False  # add each block's input to its output
   model.aggregate = 'gap'  # gap (global average pooling) | flatten
   model.head = 'dense'  # dense | conv1x1
+  model.frozen_blocks = 0  # so many first blocks stay as they are; for fine-tuning
   model.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
 
   config.optimizer = optimizer = ConfigDict()
@@ -65,7 +67,7 @@ def default_config() -> ConfigDict:
   optimizer.momentum = 0.9  # sgd's and muon's momentum; b1 of adamw and lion
   optimizer.nesterov = True  # sgd and muon
   optimizer.b2 = 0.999  # adamw and lion
-  optimizer.weight_decay = 5e-4  # decoupled, times the learning rate; kernels only
+  optimizer.weight_decay = 5e-3  # decoupled, times the learning rate; kernels only
   optimizer.clip_norm = 0.0  # largest global gradient norm; 0: off
 
   config.schedule = schedule = ConfigDict()
@@ -149,6 +151,10 @@ def check(config: ConfigDict) -> None:
   if not config.model.features or any(not isinstance(f, int) or f <= 0 for f in config.model.features):
     raise UsageError(
       f'config.model.features is {tuple(config.model.features)}; give the channels of each block, such as (32, 64).'
+    )
+  if config.model.frozen_blocks > len(config.model.features):
+    raise UsageError(
+      f'config.model.frozen_blocks is {config.model.frozen_blocks} but there are {len(config.model.features)} blocks.'
     )
   if config.schedule.warmup_epochs >= config.epochs and config.schedule.name != 'constant':
     raise UsageError(

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -33,12 +33,21 @@ _PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes tra
 _PROCESS = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', flag_values=_FLAGS)
 
 
-def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any]:
+def train_and_evaluate(
+  config: Any,
+  workdir: str | os.PathLike,
+  *,
+  dataset: Any = None,
+  evaluate_test: bool = True,
+  on_validation: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
   """Trains a config, or goes on with what the workdir holds, and evaluates the result on the test split.
 
   Args:
     config: a `ConfigDict` with the fields of `cnn_jax.config`.
     workdir: made where it does not exist; belongs to one process at a time.
+    dataset: what `load_dataset(config.data)` gives, where it has been loaded already.
+    evaluate_test, on_validation: see `train.train`.
 
   Returns:
     What `result.json` holds.
@@ -63,7 +72,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
       if primary:
         print(f'The run in {workdir} is complete: {_describe(result)}. Take another --workdir for a new one.')
       return result
-    dataset = load_dataset(config.data)
+    dataset = dataset or load_dataset(config.data)
     height, width, channels = dataset.train.images.shape[1:]
     config_lib.check_data(config, len(dataset.train), height, width)
     if primary:
@@ -74,7 +83,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
         f'{len(dataset.test):,} test images, {height}x{width}x{channels}, {len(dataset.class_names)} classes.'
       )
       print(summary(create_model(config.model, len(dataset.class_names)), (height, width, channels)), flush=True)
-    result = train.train(config, dataset, workdir)
+    result = train.train(config, dataset, workdir, evaluate_test=evaluate_test, on_validation=on_validation)
     if primary:
       record.write_result(workdir, result)
       print(f'Done: {_describe(result)}. Recorded in {workdir}.')
@@ -82,15 +91,16 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> dict[str, Any
 
 
 def _describe(result: Mapping[str, Any]) -> str:
+  split = 'test' if 'test_accuracy' in result else 'validation'  # a trial of a sweep does not look at the test
   return (
-    f'{result["test_accuracy"]:.2%} of {result["num_test"]:,} test images right after {result["epochs"]} epochs, '
-    f'{result["train_seconds"]:.0f} s of training'
+    f'{result[f"{split}_accuracy"]:.2%} of {result[f"num_{split}"]:,} {split} images right after '
+    f'{result["epochs"]} epochs, {result["train_seconds"]:.0f} s of training'
   )
 
 
 def main(argv: Sequence[str]) -> int:
   """The command; see the module's docstring."""
-  config, workdir = _parse(argv)
+  config, workdir = parse(argv)
   config_lib.check(config)
   command.use_compile_cache()
   _join_processes()
@@ -107,8 +117,15 @@ def main(argv: Sequence[str]) -> int:
   return command.DONE
 
 
-def _parse(argv: Sequence[str]) -> tuple[Any, str]:
-  """Reads the flags; all that can be wrong with them, or in the file they name, becomes one line."""
+def parse(argv: Sequence[str]) -> tuple[Any, str]:
+  """Reads the flags of a config, with its overrides, and of a workdir.
+
+  Returns:
+    The config, whose values `config.check` has not seen yet, and the workdir.
+
+  Raises:
+    UsageError: something is wrong with them, or in the file they name.
+  """
   if any(argument in ('--help', '-h', '--helpfull') for argument in argv):
     print(__doc__)
     print(_FLAGS.main_module_help() or _FLAGS.get_help())

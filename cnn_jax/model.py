@@ -34,6 +34,7 @@ def create_model(config: Any, num_classes: int) -> 'CNN':
     residual=config.residual,
     aggregate=config.aggregate,
     head=config.head,
+    frozen_blocks=config.frozen_blocks,
     dtype=jnp.dtype(config.dtype),
   )
 
@@ -77,6 +78,7 @@ class CNN(nn.Module):
   residual: bool = False
   aggregate: str = 'gap'
   head: str = 'dense'
+  frozen_blocks: int = 0
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -95,7 +97,7 @@ class CNN(nn.Module):
     """
     x = images.astype(self.dtype)
     for i, features in enumerate(self.features):
-      last = i == len(self.features) - 1
+      last, frozen = i == len(self.features) - 1, i < self.frozen_blocks
       x = ConvBlock(
         features=features,
         convs=self.convs_per_block,
@@ -107,9 +109,11 @@ class CNN(nn.Module):
         activation=self.activation,
         residual=self.residual,
         dtype=self.dtype,
-        train=train,
+        train=train and not frozen,
         name=f'block{i + 1}',
       )(x)
+      if frozen:
+        x = jax.lax.stop_gradient(x)  # and nothing is computed backwards below here
     if self.aggregate == 'gap':
       # The sum of hundreds of bfloat16 numbers is taken in float32.
       x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

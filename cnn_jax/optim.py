@@ -45,12 +45,13 @@ def make_schedule(config: Any, peak: float, total_steps: int, steps_per_epoch: i
   return schedule
 
 
-def make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: Any, learning_rate: optax.Schedule, frozen_blocks: int = 0) -> optax.GradientTransformation:
   """The optax chain: clip the gradient, precondition it, decay kernels, scale by the learning rate.
 
   Args:
     config: the section `config.optimizer`.
     learning_rate: from `make_schedule`.
+    frozen_blocks: the parameters of `block1` up to this one are not updated, nor decayed.
 
   Returns:
     A gradient transformation. Weight decay is decoupled (Loshchilov and Hutter 2019), times the
@@ -58,7 +59,11 @@ def make_optimizer(config: Any, learning_rate: optax.Schedule) -> optax.Gradient
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
   decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
-  return optax.chain(clip, _precondition(config), decay, optax.scale_by_learning_rate(learning_rate))
+  frozen = {f'block{i + 1}' for i in range(frozen_blocks)}
+  freeze = optax.masked(optax.set_to_zero(), lambda params: {name: name in frozen for name in params})
+  return optax.chain(
+    clip, _precondition(config), decay, optax.scale_by_learning_rate(learning_rate), freeze if frozen else optax.identity()
+  )
 
 
 def is_kernel(params: Any) -> Any:

@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnn_jax import UsageError, checkpoint, evaluate, metrics
 from cnn_jax import config as config_lib
-from cnn_jax.data import Dataset, augment, batches
+from cnn_jax.data import Dataset, augment, batches, drawings
 from cnn_jax.model import CNN, create_model
 from cnn_jax.optim import make_optimizer, make_schedule
 from cnn_jax.progress import Progress
@@ -75,6 +75,48 @@ def create_state(model: CNN, tx: optax.GradientTransformation, config: Any, imag
   # Copies: a donated buffer must not be in the state twice.
   ema = jax.tree.map(jnp.array, ema)
   return TrainState(jnp.int32(0), params, batch_stats, tx.init(params), ema)
+
+
+def start_from(run: evaluate.Run, state: TrainState, class_names: Sequence[str]) -> TrainState:
+  """Puts the weights of another run into a state that has not been trained yet.
+
+  The head keeps its fresh weights where the classes are not those of the run. A first kernel for one
+  channel becomes one for three by a third of it for each, and back by their sum: on grey
+  pictures both compute the same.
+
+  Args:
+    run: from `evaluate.load_run`; only image size, channels and classes may differ.
+    state: from `create_state`.
+    class_names: of the data to train on.
+
+  Raises:
+    UsageError: the networks differ in more than that.
+  """
+  new = {'params': state.params, 'batch_stats': state.batch_stats}
+  same_classes = tuple(class_names) == run.class_names
+
+  def transfer(path, fresh):
+    names = [key.key for key in path]
+    if names[1] == 'head' and not same_classes:
+      return fresh
+    trained = run.variables
+    for name in names:
+      trained = trained.get(name, {})
+    if isinstance(trained, dict):
+      raise UsageError(f'the run of config.init_from has no {"/".join(names)}; give both configs the same model.')
+    if names[-1] == 'kernel' and trained.ndim == 4 and {trained.shape[2], fresh.shape[2]} == {1, 3}:
+      repeated = jnp.broadcast_to(trained / 3, (*trained.shape[:2], 3, trained.shape[3]))
+      trained = repeated if fresh.shape[2] == 3 else jnp.sum(trained, axis=2, keepdims=True)
+    if trained.shape != fresh.shape:
+      raise UsageError(
+        f'{"/".join(names)} is {trained.shape} in the run of config.init_from and {fresh.shape} here; '
+        'give both configs the same model.'
+      )
+    return jnp.array(trained)  # a copy: donated buffers must not be shared
+
+  new = jax.tree_util.tree_map_with_path(transfer, new)
+  ema = jax.tree.map(jnp.array, new) if state.ema else {}
+  return state.replace(params=new['params'], batch_stats=new['batch_stats'], ema=ema)
 
 
 def train_step(
@@ -193,13 +235,23 @@ def local_indices(indices: np.ndarray) -> dict[str, np.ndarray]:
   return {'own': part(indices), 'partner': part(np.roll(indices, 1, axis=1))}
 
 
-def train(config: Any, dataset: Dataset, workdir: str | os.PathLike) -> dict[str, Any]:
+def train(
+  config: Any,
+  dataset: Dataset,
+  workdir: str | os.PathLike,
+  *,
+  evaluate_test: bool = True,
+  on_validation: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
   """Trains until the last epoch, from the newest checkpoint where there is one.
 
   Args:
     config: a checked config.
     dataset: what to train on.
     workdir: locked; takes metrics and checkpoints, from process 0 alone.
+    evaluate_test: a run that is one of several to choose from must not look at the test split.
+    on_validation: called with the epoch, from 1, and the metrics of each validation, before the
+      checkpoint is saved. What it raises ends the run, which can be resumed as if it had been killed.
 
   Returns:
     What `result.json` holds of the training and of the test, which is evaluated once, at the end.
@@ -215,12 +267,12 @@ def train(config: Any, dataset: Dataset, workdir: str | os.PathLike) -> dict[str
   total_steps = epochs * steps_per_epoch
   model = create_model(config.model, len(dataset.class_names))
   learning_rate = make_schedule(config.schedule, config.optimizer.learning_rate, total_steps, steps_per_epoch)
-  tx = make_optimizer(config.optimizer, learning_rate)
+  tx = make_optimizer(config.optimizer, learning_rate, config.model.frozen_blocks)
   state = create_state(model, tx, config, image_shape)
   evaluate_split = partial(evaluate.evaluate_split, model, batch_size=config.evaluation.batch_size)
 
   checkpoints = os.path.join(workdir, 'checkpoints')
-  state, step, info = _restore(checkpoints, state, dataset)
+  state, step, info = _restore(checkpoints, state, dataset, config)
   if step:
     _say(f'Resuming at step {step:,} of {total_steps:,}.')
   state = replicate(state)
@@ -259,14 +311,16 @@ def train(config: Any, dataset: Dataset, workdir: str | os.PathLike) -> dict[str
         recorder.append(step + first + len(window['loss']), epoch + 1, 'train', shown, timing)
       step += taken
 
-      last, epoch_ends = step == total_steps, step % steps_per_epoch == 0
+      last, epoch_ends, validated = step == total_steps, step % steps_per_epoch == 0, None
       if epoch_ends and len(dataset.validation) and ((epoch + 1) % config.evaluation.every_epochs == 0 or last):
         begun = time.perf_counter()
-        found = evaluate_split(eval_variables(state), dataset.validation)
-        recorder.append(step, epoch + 1, 'validation', found, {'seconds': time.perf_counter() - begun})
-        found = {f'validation_{name}': value for name, value in found.items()}
+        validated = evaluate_split(eval_variables(state), dataset.validation)
+        recorder.append(step, epoch + 1, 'validation', validated, {'seconds': time.perf_counter() - begun})
+        found = {f'validation_{name}': value for name, value in validated.items()}
         info, shown = info | found, shown | found
       progress.update(step, epoch + 1, shown, images_per_second)
+      if on_validation and validated is not None:
+        on_validation(epoch + 1, validated)
 
       due = epoch_ends and (epoch + 1) % config.checkpoint.every_epochs == 0
       late = time.perf_counter() - saved > 60 * config.checkpoint.every_minutes
@@ -280,7 +334,7 @@ def train(config: Any, dataset: Dataset, workdir: str | os.PathLike) -> dict[str
       if stop and not last:
         raise Stopped(f'Stopped and saved at step {step:,} of {total_steps:,}; the same command goes on from there.')
 
-  tested = evaluate_split(eval_variables(state), dataset.test)
+  tested = evaluate_split(eval_variables(state), dataset.test) if evaluate_test else {}
   return {
     'dataset': dataset.name,
     'provenance': dataset.provenance,
@@ -320,7 +374,9 @@ def _recorder(workdir: str | os.PathLike, step: int, config: Any) -> Recorder:
   return Recorder(workdir, step=step, tensorboard=config.log.tensorboard and _is_primary())
 
 
-def _restore(checkpoints: str, state: TrainState, dataset: Dataset) -> tuple[TrainState, int, dict[str, Any]]:
+def _restore(
+  checkpoints: str, state: TrainState, dataset: Dataset, config: Any
+) -> tuple[TrainState, int, dict[str, Any]]:
   """The newest checkpoint's state, step and notes, or the given state and notes to begin with."""
   restored = checkpoint.restore(checkpoints, state)
   if restored is None:
@@ -328,10 +384,13 @@ def _restore(checkpoints: str, state: TrainState, dataset: Dataset) -> tuple[Tra
       'dataset': dataset.name,
       'class_names': list(dataset.class_names),
       'image_shape': list(dataset.train.images.shape[1:]),
+      'drawing': drawings.measure(dataset.train.images),
       'train_seconds': 0.0,
       'step_seconds': 0.0,  # for `timed_images` images: all calls but those that compiled
       'timed_images': 0,
     }
+    if config.init_from:
+      state = start_from(evaluate.load_run(config.init_from), state, dataset.class_names)
     return state, 0, info
   if restored[2]['dataset'] != dataset.name:
     raise UsageError(

@@ -15,6 +15,7 @@ def get_config(arg=None):
   config.batch_size = 64
   config.epochs = 40
   config.model.features = (32, 64)
+  config.loss.label_smoothing = 0.1
   config.augment.shift = 1
   config.evaluation.every_epochs = 5
   config.checkpoint.every_epochs = 5

@@ -21,8 +21,8 @@ def test_softmax_of_huge_logits_is_finite():
 
 @pytest.mark.parametrize(('margin', 'right'), [(8.0, 3), (1.0, 3), (8.0, 2), (0.5, 9)])
 def test_temperature_of_two_classes_with_one_margin(margin, right):
-  # All logits are (margin, 0) and `right` of 10 labels... the likeliest probability is the frequency:
-  # sigmoid(margin / T) = right / n, so T = margin / log(right / wrong).
+  # All logits are (margin, 0), so the likeliest probability of the first class is its frequency:
+  # sigmoid(margin / T) = right / (right + wrong), that is T = margin / log(right / wrong).
   wrong = 1
   logits = np.tile([margin, 0.0], (right + wrong, 1))
   labels = np.array([0] * right + [1] * wrong)

@@ -11,7 +11,7 @@ from cnn_jax.config import default_config
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Trainable parameters of each config's network, on images of its set.
 PARAMETERS = {
-  'mnist': ((28, 28, 1), 10, 94_186),
+  'mnist': ((28, 28, 1), 10, 241_898),
   'fashion_mnist': ((28, 28, 1), 10, 372_682),
   'cifar10': ((32, 32, 3), 10, 2_370_698),
   'cifar100': ((32, 32, 3), 100, 2_393_828),
