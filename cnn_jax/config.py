@@ -91,6 +91,7 @@ def default_config() -> ConfigDict:
   config.log = log = ConfigDict()
   log.every_steps = 25  # steps per line of metrics.jsonl, and per compiled call on the CPU
   log.tensorboard = True
+  log.report = True  # write report.html at the end, where one process trains alone
   return config.lock()
 
 

@@ -86,6 +86,10 @@ def train_and_evaluate(
     result = train.train(config, dataset, workdir, evaluate_test=evaluate_test, on_validation=on_validation)
     if primary:
       record.write_result(workdir, result)
+      if config.log.report and evaluate_test and jax.process_count() == 1:
+        from cnn_jax.report import write_report
+
+        write_report(workdir, dataset)
       print(f'Done: {_describe(result)}. Recorded in {workdir}.')
     return result
 

@@ -6,10 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from cnn_jax import ops
 
-Array = jax.Array
 _ACTIVATIONS = {'relu': nn.relu, 'gelu': nn.gelu, 'silu': nn.silu}
 
 
@@ -54,6 +55,16 @@ def feature_maps(model: 'CNN', variables: Any, images: Array) -> dict[str, Array
   logits, captured = model.apply(variables, images, train=False, capture_intermediates=_is_block)
   maps = {name: value['__call__'][0] for name, value in captured['intermediates'].items() if name.startswith('block')}
   return maps | {model.aggregate: captured['intermediates'][model.aggregate][0], 'logits': logits}
+
+
+def head_kernel(model: 'CNN', variables: Any) -> np.ndarray:
+  """The head's weights, float32 (features, num_classes); a 1x1 convolution's are those with two axes less.
+
+  With global average pooling they turn the last block's maps into evidence for each class at each
+  place, the class activation maps: the mean of `maps @ kernel` plus the bias is the logits
+  (Zhou et al. 2016, arXiv 1512.04150).
+  """
+  return np.asarray(variables['params']['head']['kernel'], np.float32).reshape(-1, model.num_classes)
 
 
 class CNN(nn.Module):

@@ -27,7 +27,7 @@ from PIL import Image
 
 from cnn_jax import UsageError, calibration, command, evaluate
 from cnn_jax.data import augment, files
-from cnn_jax.model import feature_maps
+from cnn_jax.model import feature_maps, head_kernel
 
 _BATCH_SIZE = 256
 _BATCH_BYTES = 2**30  # of the first block's maps, the largest
@@ -150,9 +150,7 @@ class Classifier:
       label = self.class_names.index(label)
     elif isinstance(label, str) or not 0 <= label < len(self.class_names):
       raise UsageError(f'{label!r} is not a class of this run; the classes are in class_names.')
-    kernel = np.asarray(self.run.variables['params']['head']['kernel'], np.float32)
-    kernel = kernel.reshape(-1, len(self.class_names))  # of a 1x1 convolution too
-    return maps[f'block{len(model.features)}'].astype(np.float32) @ kernel[:, label]
+    return maps[f'block{len(model.features)}'].astype(np.float32) @ head_kernel(model, self.run.variables)[:, label]
 
   def _probabilities(self, images: list[np.ndarray], size: int, views: evaluate.Views | None) -> np.ndarray:
     batch = np.zeros((size, *self.run.image_shape), np.uint8)

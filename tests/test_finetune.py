@@ -93,7 +93,12 @@ def test_frozen_blocks_stay_bit_for_bit():
 
 
 def test_fine_tuning_by_the_command(tmp_path, digits_run):
-  arguments = ['--config=configs/digits.py', '--config.epochs=1', '--config.schedule.warmup_epochs=0.0']
+  arguments = [
+    '--config=configs/digits.py',
+    '--config.epochs=1',
+    '--config.schedule.warmup_epochs=0.0',
+    '--config.log.report=False',
+  ]
   done = run_command(
     'cnn_jax.main', *arguments, f'--config.init_from={digits_run}', '--config.optimizer.learning_rate=0.001',
     '--config.model.frozen_blocks=2', f'--workdir={tmp_path / "tuned"}',

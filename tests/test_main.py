@@ -43,6 +43,7 @@ def test_a_run_leaves_its_record(digits_run):
   assert environment['versions']['jax']
   assert '--config.epochs=12' in environment['command']
   assert list(digits_run.glob('events.out.tfevents.*'))
+  assert '</html>' in (digits_run / 'report.html').read_text()
 
 
 def test_evaluate_finds_what_the_run_reported(digits_run):
@@ -186,7 +187,7 @@ def test_two_processes_train_as_one(tmp_path):
     coordinator = f'127.0.0.1:{s.getsockname()[1]}'
   arguments = [
     'cnn_jax.main', DIGITS, '--config.epochs=2', '--config.schedule.warmup_epochs=1.0',
-    '--config.log.tensorboard=False', '--config.evaluation.every_epochs=1',
+    '--config.log.tensorboard=False', '--config.log.report=False', '--config.evaluation.every_epochs=1',
   ]  # fmt: skip
   together = tmp_path / 'together'
   environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}

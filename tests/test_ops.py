@@ -124,7 +124,9 @@ def test_max_pool_is_that_of_flax(branch, shape, window, strides, padding, ties)
   x = normal(0, *shape)
   if ties:
     x = jnp.maximum(jnp.round(x), 0)  # nearly every window has several maxima, many are all zero
-  pools = [functools.partial(p, window_shape=window, strides=strides, padding=padding) for p in (ops.max_pool, nn.max_pool)]
+  pools = [
+    functools.partial(p, window_shape=window, strides=strides, padding=padding) for p in (ops.max_pool, nn.max_pool)
+  ]
   assert_same(*pools, x, atol=1e-14)  # overlapping windows add up their gradients, in either order
 
 
@@ -204,9 +206,7 @@ def test_second_gradient():
 def test_the_other_platforms_get_the_stock_gradients():
   x, kernel = normal(0, 2, 8, 8, 2, dtype=np.float32), normal(1, 3, 3, 2, 4, dtype=np.float32)
   gradient = jax.jit(jax.grad(lambda k: small_network(*FAST, [k], x)))
-  programs = {
-    p: jax.export.export(gradient, platforms=[p])(kernel).mlir_module() for p in ('cpu', 'cuda', 'tpu')
-  }
+  programs = {p: jax.export.export(gradient, platforms=[p])(kernel).mlir_module() for p in ('cpu', 'cuda', 'tpu')}
   assert {p: 'select_and_scatter' in text for p, text in programs.items()} == {'cpu': False, 'cuda': True, 'tpu': True}
 
 
@@ -223,7 +223,9 @@ def test_flax_layer_takes_it():
 
 def convolve(image, kernel, padding='VALID'):
   image, kernel = jnp.asarray(image, jnp.float64), jnp.asarray(kernel, jnp.float64)
-  y = ops.conv_general_dilated(image[None, :, :, None], kernel[:, :, None, None], (1, 1), padding, dimension_numbers=NHWC)
+  y = ops.conv_general_dilated(
+    image[None, :, :, None], kernel[:, :, None, None], (1, 1), padding, dimension_numbers=NHWC
+  )
   return np.asarray(y[0, :, :, 0])
 
 

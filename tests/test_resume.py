@@ -23,6 +23,7 @@ ARGUMENTS = (
   '--config.checkpoint.every_epochs=1',
   '--config.log.every_steps=5',
   '--config.log.tensorboard=False',
+  '--config.log.report=False',
   '--config.model.dropout=0.2',
   '--config.evaluation.ema_decay=0.9',
   '--config.augment.rotate=10.0',

@@ -1,6 +1,6 @@
 """How long until the first training step and the first prediction, with and without compiled programs in the cache.
 
-    python -m experiments.start_up.run [--repeats=5] [--config=configs/mnist.py] [--json=FILE]
+python -m experiments.start_up.run [--repeats=5] [--config=configs/mnist.py] [--json=FILE]
 """
 
 import argparse
