@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
@@ -153,7 +154,8 @@ def _conv_forward(x, kernel, strides, pads, precision):
 
 
 def _conv_backward(strides, pads, precision, saved, g):
-  arguments = (*saved, g)
+  # Without the barrier XLA would compute g and x again in each of the many places that use them.
+  arguments = lax.optimization_barrier((*saved, g))
   cpu = functools.partial(_conv_gradients, strides, pads, precision)
   default = functools.partial(_lax_conv_gradients, strides, pads, precision)
   return lax.platform_dependent(*arguments, cpu=cpu, default=default)
@@ -193,16 +195,79 @@ def _conv_input_gradient(strides, pads, precision, x, kernel, g):
 
 
 def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
-  """One matrix product of `g` with the columns (im2col) of the padded images."""
+  """One of three ways; which is fastest at which shapes was measured."""
+  exact = x.dtype in (jnp.float32, jnp.float64)
+  if kernel.shape[0] == 3 and strides == (1, 1) and min(kernel.shape[2:]) >= 16 and exact:
+    return _winograd_kernel_gradient(pads, precision, x, kernel, g)
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-  columns = jnp.concatenate(_slices(x, kernel.shape[:2], strides), axis=-1)
-  columns = columns.reshape(-1, columns.shape[-1])
-  g = g.reshape(-1, g.shape[-1])
-  accumulate = jnp.promote_types(g.dtype, jnp.float32)  # bfloat16 is summed over the batch in float32
-  product = lax.dot_general(
-    g, columns, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=accumulate
-  )
-  return product.T.reshape(kernel.shape).astype(kernel.dtype)
+  features = g.shape[-1]
+  if kernel.shape[2] <= 4:
+    # The columns (im2col) of so few channels are cheaper to make, and to multiply, as rows.
+    slices = [s.transpose(3, 0, 1, 2) for s in _slices(x, kernel.shape[:2], strides)]
+    product = _matmul(jnp.concatenate(slices).reshape(-1, g.size // features), g.reshape(-1, features), precision)
+  else:
+    columns = jnp.concatenate(_slices(x, kernel.shape[:2], strides), axis=-1)
+    product = _transposed_product(columns, g, precision)
+  return product.reshape(kernel.shape).astype(kernel.dtype)
+
+
+# Winograd's transforms of 6 pixels, 3 weights and 4 outputs at the points 0, 1, -1, 2, -2 and infinity
+# (Lavin and Gray 2016, Fast Algorithms for Convolutional Neural Networks, F(4, 3)).
+_PIXELS = np.array(
+  [
+    [4, 0, -5, 0, 1, 0],
+    [0, -4, -4, 1, 1, 0],
+    [0, 4, -4, -1, 1, 0],
+    [0, -2, -1, 2, 1, 0],
+    [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1],
+  ]
+)
+_WEIGHTS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+_OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+
+
+def _winograd_kernel_gradient(pads, precision, x, kernel, g):
+  """The gradient of a kernel of three rows, from tiles of four rows of outputs.
+
+  It is the transpose of Winograd's convolution in one dimension: rows of pixels and of the outputs' gradients are
+  transformed to 6 numbers a tile, whose products are the 6 numbers of the kernel's gradient. Along the width it is
+  im2col. That is half the multiplications and half the memory of im2col alone; in float32 the error is some 1e-6 of
+  the largest element, of im2col alone some 2e-7.
+  """
+  (_, height, width, _), (_, taps, channels, features) = g.shape, kernel.shape
+  tiles = -(-height // 4)
+  (top, _), sides = pads
+  bottom = 4 * tiles + 2 - top - x.shape[1]
+  x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (*sides, 0), (0, 0, 0)))
+  g = jnp.pad(g, ((0, 0), (0, 4 * tiles - height), (0, 0), (0, 0)))
+  pixels = _combine(_PIXELS, [x[:, i : i + 4 * tiles - 3 : 4] for i in range(6)])
+  outputs = _combine(_OUTPUTS.T, [g[:, i::4] for i in range(4)])
+  columns = [jnp.concatenate([p[:, :, j : j + width] for j in range(taps)], axis=-1) for p in pixels]
+  products = jnp.stack([_transposed_product(c, o, precision) for c, o in zip(columns, outputs, strict=True)])
+  weights = jnp.asarray(_WEIGHTS.T, g.dtype)
+  gradient = _matmul(weights, products.reshape(6, -1), lax.Precision.HIGHEST)
+  return gradient.reshape(3, taps, channels, features)
+
+
+def _combine(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
+  """The matrix times the vector of the parts."""
+  sums = [sum(part * weight for weight, part in zip(row, parts, strict=True) if weight) for row in matrix.tolist()]
+  # Without the barrier XLA would compute a sum again at each of the places that use it.
+  return [lax.optimization_barrier(s) for s in sums]
+
+
+def _matmul(a: Array, b: Array, precision) -> Array:
+  # bfloat16 is summed over the batch in float32.
+  return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.promote_types(b.dtype, jnp.float32))
+
+
+def _transposed_product(columns: Array, g: Array, precision) -> Array:
+  """`columns.T @ g`, summed over all axes but the last, computed in the order in which it is faster."""
+  columns, g = columns.reshape(-1, columns.shape[-1]), g.reshape(-1, g.shape[-1])
+  accumulate = jnp.promote_types(g.dtype, jnp.float32)
+  dimensions = (((0,), (0,)), ((), ()))
+  return lax.dot_general(g, columns, dimensions, precision=precision, preferred_element_type=accumulate).T
 
 
 # --- max pooling ---

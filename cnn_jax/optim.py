@@ -62,7 +62,11 @@ def make_optimizer(config: Any, learning_rate: optax.Schedule, frozen_blocks: in
   frozen = {f'block{i + 1}' for i in range(frozen_blocks)}
   freeze = optax.masked(optax.set_to_zero(), lambda params: {name: name in frozen for name in params})
   return optax.chain(
-    clip, _precondition(config), decay, optax.scale_by_learning_rate(learning_rate), freeze if frozen else optax.identity()
+    clip,
+    _precondition(config),
+    decay,
+    optax.scale_by_learning_rate(learning_rate),
+    freeze if frozen else optax.identity(),
   )
 
 

@@ -55,9 +55,12 @@ def test_the_command_runs(places, command):
     command += QUICK
   if 'TFDS_DATA_DIR=' in command:
     command += ' --config.data.validation=0.95'
-  for name, place in (('=DIR', f'={places / "pictures"}'), ('=TFDS ', f'={tfds} '), ('=runs/', f'={places}/')):
+  pictures = places / 'pictures'
+  for name, place in (
+    ('=DIR', f'={pictures}'), (' PICTURES', f' {pictures}'), ('=TFDS ', f'={tfds} '), ('=runs/', f'={places}/'),
+  ):  # fmt: skip
     command = command.replace(name, place)
-  if '--workdir' not in command:
+  if 'cnn_jax.main' in command and '--workdir' not in command:
     command += f' --workdir={places / "run"}-{abs(hash(command))}'
   path = f'{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
   done = subprocess.run(
