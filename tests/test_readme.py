@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 BLOCKS = re.findall(r'```sh\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
 COMMANDS = [line.split('  #')[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 QUICK = (
-  " --config.epochs=2 --config.min_steps=0 --config.schedule.warmup_epochs=1.0 --config.model.features='(4, 8)'"
+  " --config.epochs=2 --config.min_steps=0 --config.model.convs_per_block=1 --config.schedule.warmup_epochs=1.0 --config.model.features='(4, 8)'"
   ' --config.log.tensorboard=False --config.log.report=False'
 )
 

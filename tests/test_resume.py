@@ -18,6 +18,7 @@ from tests.conftest import ROOT, run_command
 ARGUMENTS = (
   '--config=configs/digits.py',
   '--config.epochs=4',
+  '--config.model.convs_per_block=1',
   '--config.schedule.warmup_epochs=1.0',
   '--config.evaluation.every_epochs=1',
   '--config.checkpoint.every_epochs=1',
