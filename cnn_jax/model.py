@@ -67,6 +67,11 @@ def head_kernel(model: 'CNN', variables: Any) -> np.ndarray:
   return np.asarray(variables['params']['head']['kernel'], np.float32).reshape(-1, model.num_classes)
 
 
+def num_groups(features: int) -> int:
+  """Groups of a group norm: at most 32, of two channels or more each."""
+  return next(g for g in (32, 16, 8, 4, 2, 1) if (features % g == 0 and features // g >= 2) or g == 1)
+
+
 class CNN(nn.Module):
   """Classifies images of any size: (batch, height, width, channels) -> logits (batch, num_classes).
 
@@ -205,8 +210,7 @@ class ConvBlock(nn.Module):
         name=name,
       )
     if self.norm == 'group':
-      groups = next(g for g in (32, 16, 8, 4, 2, 1) if (self.features % g == 0 and self.features // g >= 2) or g == 1)
-      return nn.GroupNorm(num_groups=groups, dtype=self.dtype, name=name)
+      return nn.GroupNorm(num_groups=num_groups(self.features), dtype=self.dtype, name=name)
     return lambda x: x
 
   def _resize_shortcut(self, x: Array, shape: Sequence[int]) -> Array:
