@@ -106,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
   """The command; see the module's docstring."""
   config, workdir = parse(argv)
   config_lib.check(config)
+  command.keep_freed_memory()
   command.use_compile_cache()
   _join_processes()
   from cnn_jax import train
