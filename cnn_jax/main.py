@@ -26,6 +26,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run is recorded, and resumed from. Default: runs/<config>-<time>.', flag_values=_FLAGS
 )
+_PROFILE = flags.DEFINE_boolean(
+  'profile', False, 'Write a trace of some steps to the workdir, for TensorBoard or Perfetto.', flag_values=_FLAGS
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'host:port of process 0, where several processes train together.', flag_values=_FLAGS
 )
@@ -40,6 +43,7 @@ def train_and_evaluate(
   dataset: Any = None,
   evaluate_test: bool = True,
   on_validation: Callable[[int, dict[str, float]], None] | None = None,
+  profile: bool = False,
 ) -> dict[str, Any]:
   """Trains a config, or goes on with what the workdir holds, and evaluates the result on the test split.
 
@@ -47,7 +51,7 @@ def train_and_evaluate(
     config: a `ConfigDict` with the fields of `cnn_jax.config`.
     workdir: made where it does not exist; belongs to one process at a time.
     dataset: what `load_dataset(config.data)` gives, where it has been loaded already.
-    evaluate_test, on_validation: see `train.train`.
+    evaluate_test, on_validation, profile: see `train.train`.
 
   Returns:
     What `result.json` holds.
@@ -83,7 +87,9 @@ def train_and_evaluate(
         f'{len(dataset.test):,} test images, {height}x{width}x{channels}, {len(dataset.class_names)} classes.'
       )
       print(summary(create_model(config.model, len(dataset.class_names)), (height, width, channels)), flush=True)
-    result = train.train(config, dataset, workdir, evaluate_test=evaluate_test, on_validation=on_validation)
+    result = train.train(
+      config, dataset, workdir, evaluate_test=evaluate_test, on_validation=on_validation, profile=profile
+    )
     if primary:
       record.write_result(workdir, result)
       if config.log.report and evaluate_test and jax.process_count() == 1:
@@ -112,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
   from cnn_jax import train
 
   try:
-    train_and_evaluate(config, workdir)
+    train_and_evaluate(config, workdir, profile=_PROFILE.value)
   except train.Diverged as error:
     command.fail(error)
     return command.DIVERGED

@@ -242,6 +242,7 @@ def train(
   *,
   evaluate_test: bool = True,
   on_validation: Callable[[int, dict[str, float]], None] | None = None,
+  profile: bool = False,
 ) -> dict[str, Any]:
   """Trains until the last epoch, from the newest checkpoint where there is one.
 
@@ -252,6 +253,7 @@ def train(
     evaluate_test: a run that is one of several to choose from must not look at the test split.
     on_validation: called with the epoch, from 1, and the metrics of each validation, before the
       checkpoint is saved. What it raises ends the run, which can be resumed as if it had been killed.
+    profile: write a trace of one call, for TensorBoard or Perfetto, to `workdir`/plugins/profile.
 
   Returns:
     What `result.json` holds of the training and of the test, which is evaluated once, at the end.
@@ -279,7 +281,7 @@ def train(
   images, labels = replicate((np.asarray(dataset.train.images), dataset.train.labels))
   train_steps = make_train_steps(model=model, tx=tx, learning_rate=learning_rate, config=config)
   chunk = min(config.log.every_steps, steps_per_epoch) if jax.default_backend() == 'cpu' else steps_per_epoch
-  compiled, trained_before = False, info['train_seconds']
+  calls, trained_before = 0, info['train_seconds']
   started = saved = time.perf_counter()
 
   with (
@@ -294,13 +296,16 @@ def train(
       order = batches.epoch_indices(num_train, config.batch_size, config.seed, epoch)[offset : offset + taken]
       indices = local_indices(np.pad(order, ((0, chunk - taken), (0, 0))))
       begun = time.perf_counter()
-      state, measured = train_steps(state, images, labels, indices, np.int32(taken))
+      # The second call is the first that does not compile.
+      with jax.profiler.trace(str(workdir)) if profile and calls == 1 else contextlib.nullcontext():
+        state, measured = train_steps(state, images, labels, indices, np.int32(taken))
+        jax.block_until_ready(measured)
       measured = {name: np.asarray(values)[:taken] for name, values in measured.items()}
       seconds = time.perf_counter() - waiting
-      if compiled:
+      if calls:
         info['step_seconds'] += seconds
         info['timed_images'] += taken * config.batch_size
-      compiled = True
+      calls += 1
       _check_finite(measured['loss'], step)
 
       images_per_second = taken * config.batch_size / seconds

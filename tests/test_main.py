@@ -214,3 +214,12 @@ def test_two_processes_train_as_one(tmp_path):
   assert len(lines[0]) == len(lines[1])
   first = [json.loads(found[0])['loss'] for found in lines]
   assert first[0] == pytest.approx(first[1], rel=1e-4)
+
+
+def test_a_profile_is_written(tmp_path):
+  done = run_command(
+    'cnn_jax.main', DIGITS, '--profile', '--config.epochs=1', '--config.schedule.warmup_epochs=0.0',
+    '--config.log.every_steps=10', '--config.log.report=False', f'--workdir={tmp_path / "run"}',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert list((tmp_path / 'run').glob('plugins/profile/*/*.trace.json.gz'))

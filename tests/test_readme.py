@@ -53,6 +53,8 @@ def test_the_command_runs(places, command):
     command = f'({other}{QUICK} &) ; {command}'  # the other host's
   if 'cnn_jax.main' in command:
     command += QUICK
+  if 'experiments.sweep' in command:
+    command += QUICK + ' --trials=2 --seeds=1'
   if 'TFDS_DATA_DIR=' in command:
     command += ' --config.data.validation=0.95'
   pictures = places / 'pictures'

@@ -141,7 +141,7 @@ def _start(point: dict[str, int], seconds: float) -> dict[str, float]:
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
-      )  # fmt: skip
+      )
     )
   outputs = [worker.communicate()[0] for worker in workers]
   if any(worker.returncode for worker in workers):
