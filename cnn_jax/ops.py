@@ -126,9 +126,8 @@ def _is_channels_last(lhs: Array, rhs: Array, dimension_numbers: Any) -> bool:
 
 
 def _pads(padding: Padding, shape, window, strides) -> tuple[tuple[int, int], ...]:
-  if isinstance(padding, str):
-    padding = lax.padtype_to_pads(shape, window, strides, padding)
-  return tuple((int(low), int(high)) for low, high in padding)
+  pads = lax.padtype_to_pads(shape, window, strides, padding) if isinstance(padding, str) else padding
+  return tuple((int(low), int(high)) for low, high in pads)
 
 
 def _slices(x: Array, window, strides) -> list[Array]:
@@ -154,11 +153,9 @@ def _conv_forward(x, kernel, strides, pads, precision):
 
 
 def _conv_backward(strides, pads, precision, saved, g):
-  # Without the barrier XLA would compute g and x again in each of the many places that use them.
-  arguments = lax.optimization_barrier((*saved, g))
   cpu = functools.partial(_conv_gradients, strides, pads, precision)
   default = functools.partial(_lax_conv_gradients, strides, pads, precision)
-  return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+  return lax.platform_dependent(*saved, g, cpu=cpu, default=default)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
@@ -175,6 +172,8 @@ def _lax_conv_gradients(strides, pads, precision, x, kernel, g):
 
 
 def _conv_gradients(strides, pads, precision, x, kernel, g):
+  # Without the barrier XLA would compute x and g again in each of the many places that use them.
+  x, g = lax.optimization_barrier((x, g))
   return (
     _conv_input_gradient(strides, pads, precision, x, kernel, g),
     _conv_kernel_gradient(strides, pads, precision, x, kernel, g),
@@ -195,9 +194,9 @@ def _conv_input_gradient(strides, pads, precision, x, kernel, g):
 
 
 def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
-  """One of three ways; which is fastest at which shapes was measured."""
-  exact = x.dtype in (jnp.float32, jnp.float64)
-  if kernel.shape[0] == 3 and strides == (1, 1) and min(kernel.shape[2:]) >= 16 and exact:
+  """In one of three ways; which is fastest at which shapes was measured (experiments/step_time)."""
+  wide = min(kernel.shape[2:]) >= 16 and g.shape[1] >= 3
+  if kernel.shape[0] == 3 and strides == (1, 1) and wide and x.dtype in (jnp.float32, jnp.float64):
     return _winograd_kernel_gradient(pads, precision, x, kernel, g)
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   features = g.shape[-1]
@@ -232,8 +231,8 @@ def _winograd_kernel_gradient(pads, precision, x, kernel, g):
 
   It is the transpose of Winograd's convolution in one dimension: rows of pixels and of the outputs' gradients are
   transformed to 6 numbers a tile, whose products are the 6 numbers of the kernel's gradient. Along the width it is
-  im2col. That is half the multiplications and half the memory of im2col alone; in float32 the error is some 1e-6 of
-  the largest element, of im2col alone some 2e-7.
+  im2col. That is half the multiplications and half the memory of im2col alone, at four times its rounding error
+  (some 6e-6 of the root mean square in float32).
   """
   (_, height, width, _), (_, taps, channels, features) = g.shape, kernel.shape
   tiles = -(-height // 4)
@@ -308,20 +307,23 @@ def _max_pool_gradient(window, strides, pads, x, y, g):
   winner = jnp.full(y.shape, math.prod(window) - 1, jnp.int8 if math.prod(window) < 128 else jnp.int32)
   for k, value in reversed(list(enumerate(_slices(padded, window, strides)))):
     winner = jnp.where(value == y, winner.dtype.type(k), winner)
+  zero = jnp.zeros((), g.dtype)
   if window == strides:
     gradient = _spread(winner, g, window)
-    missing = [p - s for p, s in zip(padded.shape[1:3], gradient.shape[1:3], strict=True)]
-    ends = [(-low, m - high) for (low, high), m in zip(pads, missing, strict=True)]
-    return lax.pad(gradient, jnp.zeros((), g.dtype), ((0, 0, 0), *((*e, 0) for e in ends), (0, 0, 0)))
+    ends = [
+      (-low, size + low - spread)
+      for (low, _), size, spread in zip(pads, x.shape[1:3], gradient.shape[1:3], strict=True)
+    ]
+    return lax.pad(gradient, zero, ((0, 0, 0), *((*e, 0) for e in ends), (0, 0, 0)))
   gradient = jnp.zeros(x.shape, g.dtype)
   for k in range(math.prod(window)):
-    ends = []
-    for offset, size, stride, (low, _), outputs in zip(
-      divmod(k, window[1]), x.shape[1:3], strides, pads, g.shape[1:3], strict=True
-    ):
-      ends.append((offset - low, size - (offset - low) - ((outputs - 1) * stride + 1), stride - 1))
-    part = jnp.where(winner == k, g, 0)
-    gradient += lax.pad(part, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    first = [offset - low for offset, (low, _) in zip(divmod(k, window[1]), pads, strict=True)]
+    ends = [
+      (start, size - start - ((outputs - 1) * stride + 1))
+      for start, size, stride, outputs in zip(first, x.shape[1:3], strides, g.shape[1:3], strict=True)
+    ]
+    steps = [(*e, stride - 1) for e, stride in zip(ends, strides, strict=True)]
+    gradient += lax.pad(jnp.where(winner == k, g, 0), zero, ((0, 0, 0), *steps, (0, 0, 0)))
   return gradient
 
 
