@@ -3,7 +3,6 @@
     python -m cnn_jax.main --config=configs/image_folder.py --config.data.dir=DIR
 
 Pictures of any size and format are cropped to squares of `data.image_size` pixels.
-TABLE
 """
 
 from cnn_jax.config import default_config
