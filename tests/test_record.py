@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -146,7 +147,7 @@ def test_the_environment_says_what_ran_and_keeps_earlier_starts(tmp_path):
     first['versions']
   )
   assert first['versions']['numpy'] == np.__version__
-  assert 'pytest' in first['command']
+  assert first['command'] == shlex.join(sys.orig_argv)
   assert first['num_devices'] >= 1
   assert first['git'] is None or re.fullmatch('[0-9a-f]{40}', first['git']['commit'])
   record.write_environment(tmp_path)
