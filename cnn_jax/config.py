@@ -17,6 +17,7 @@ def default_config() -> ConfigDict:
   """
   config = ConfigDict()
   config.seed = 0  # of initialisation, order, augmentation and dropout
+  config.seeds = 1  # so many runs, one after another, from `seed`, `seed` + 1, ...
   config.batch_size = 128  # images per step over all devices of all processes
   config.epochs = 12  # passes over the training split
   config.init_from = ''  # workdir of a run whose weights to start from: fine-tuning
@@ -111,7 +112,7 @@ _CHOICES = {
 }
 
 _POSITIVE = (
-  'batch_size', 'epochs', 'model.convs_per_block', 'model.kernel_size', 'model.stride',
+  'seeds', 'batch_size', 'epochs', 'model.convs_per_block', 'model.kernel_size', 'model.stride',
   'optimizer.learning_rate', 'evaluation.batch_size', 'evaluation.every_epochs',
   'checkpoint.every_epochs', 'checkpoint.every_minutes', 'checkpoint.keep', 'log.every_steps',
 )  # fmt: skip

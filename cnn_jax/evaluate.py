@@ -293,7 +293,7 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError('--calibrate fits on the validation split, so that cannot be its test; choose another --split.')
   if args.top_k is not None and args.top_k < 1:
     raise UsageError(f'--top_k is {args.top_k}; give a number from 1 on.')
-  command.use_compile_cache()
+  command.prepare_backend()
   run = load_run(args.workdir, args.checkpoint)
   views = tta_views(run.config.augment) if args.tta else None
   name = args.split or 'test'

@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
   for name in ('top_k', 'batch_size'):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise UsageError(f'--{name} is {getattr(args, name)}; give a number from 1 on.')
-  command.use_compile_cache()
+  command.prepare_backend()
   warnings.filterwarnings('ignore', category=UserWarning, module='PIL')  # of oddities in files that it can read
   sys.stdout.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]  # a terminal may lack a name's letters
   run = evaluate.load_run(args.workdir, args.checkpoint)

@@ -63,6 +63,8 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
   """Checks that a run which is resumed has the config it began with; a new run has nothing to check.
 
+  A field newer than the run had its default.
+
   Raises:
     UsageError: another config is there that gives other results; names the first field.
   """
@@ -70,6 +72,7 @@ def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
   new = _plain(config.to_dict())
   old = _read_json(path)
   if old is not None:
+    old = _plain(_overlay(config_lib.default_config().to_dict(), old))
     old_fields, new_fields = dict(_fields(old)), dict(_fields(new))
     for field in sorted({*old_fields, *new_fields}):
       before, after = old_fields.get(field, 'missing'), new_fields.get(field, 'missing')
@@ -93,7 +96,7 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   """The config of a run, complete and checked; a field newer than the run has its default.
 
   Raises:
-    UsageError: there is none, or a field is unknown or wrong.
+    UsageError: there is none, or a field is unknown or wrong, or it is of several runs with a seed each.
   """
   path = Path(workdir) / 'config.json'
   values = _read_json(path)
@@ -104,7 +107,15 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
     config_lib.check(config)
   except UsageError as error:
     raise UsageError(f'{path}: {error}') from error
+  if config.seeds > 1:
+    first, last = (seed_workdir(workdir, seed) for seed in (config.seed, config.seed + config.seeds - 1))
+    raise UsageError(f'{workdir} holds the runs of {config.seeds} seeds; give one of {first} to {last.name} instead.')
   return config.lock()
+
+
+def seed_workdir(workdir: str | os.PathLike, seed: int) -> Path:
+  """Where, of several seeds, the run of one is recorded."""
+  return Path(workdir) / f'seed_{seed:05}'
 
 
 def write_environment(workdir: str | os.PathLike) -> None:

@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--workdir', required=True, help='the run')
   parser.add_argument('--output', help='the file (default: report.html in the run)')
   args = parser.parse_args(argv)
-  command.use_compile_cache()
+  command.prepare_backend()
   print(write_report(args.workdir, output=args.output))
 
 

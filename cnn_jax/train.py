@@ -122,6 +122,7 @@ def start_from(run: evaluate.Run, state: TrainState, class_names: Sequence[str])
 def train_step(
   state: TrainState,
   batch: dict[str, jax.Array],
+  key: jax.Array,
   *,
   model: CNN,
   tx: optax.GradientTransformation,
@@ -135,13 +136,13 @@ def train_step(
     batch: `images` uint8 (batch, height, width, channels), `labels` int32 (batch,), `positions`
       int32 (batch,) of the examples in the global batch, and, for mixup and CutMix,
       `partner_images`, `partner_labels` and `partner_positions` of the examples to mix in.
+    key: of the seed; augmentation and dropout derive theirs from it.
     model, tx, learning_rate, config: what the step depends on besides, all static.
 
   Returns:
     The state after the step, and float32 scalars: `loss`, `accuracy` and `count` (sums over the
     global batch), `learning_rate`, and the global norms of gradient, parameters and update.
   """
-  key = jax.random.key(config.seed)
   images, labels = _augmented(batch, jax.random.fold_in(jax.random.fold_in(key, AUGMENT), state.step), model, config)
   labels = metrics.smooth_labels(labels, config.loss.label_smoothing)
   dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
@@ -185,30 +186,57 @@ def make_train_steps(
     first `num_steps` steps are taken. `metrics` holds float32 (steps,) of each of
     `train_step`'s. The state is donated.
   """
-
-  def train_steps(state, images, labels, indices, num_steps):
-    step = partial(train_step, model=model, tx=tx, learning_rate=learning_rate, config=config)
-    # A length that is not known until run time lets one program serve chunks of every length.
-    # Elsewhere it would cost a look from the host at every step, and a chunk is an epoch.
-    max_steps = indices['own'].shape[0]
-    length = num_steps if jax.default_backend() == 'cpu' else max_steps
-
-    def body(i, carry):
-      state, buffers = carry
-      state, measured = step(state, _gather(images, labels, jax.tree.map(lambda x: x[i], indices), config))
-      return state, {name: buffer.at[i].set(measured[name]) for name, buffer in buffers.items()}
-
-    buffers = {name: jnp.zeros(max_steps, jnp.float32) for name in MEASURED}
-    return lax.fori_loop(0, length, body, (state, buffers))
-
   # The axis name ties lax.pmean, lax.psum, lax.axis_index and batch norm to this call.
-  return jax.pmap(
-    train_steps,
+  compiled = jax.pmap(
+    partial(take_steps, model=model, tx=tx, learning_rate=learning_rate, config=config),
     axis_name='batch',
-    in_axes=(None, None, None, 1, None),
+    in_axes=(None, None, None, None, 1, None),
     out_axes=(None, None),
-    donate_argnums=0,
+    donate_argnums=1,
   )
+  # An argument and not a constant: all seeds of a config find one program in the cache of compiled ones.
+  return partial(compiled, seed_key(config.seed))
+
+
+def take_steps(
+  key: jax.Array,
+  state: TrainState,
+  images: jax.Array,
+  labels: jax.Array,
+  indices: dict[str, jax.Array],
+  num_steps: jax.Array,
+  *,
+  model: CNN,
+  tx: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  config: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One device's part of several steps; what `make_train_steps` compiles.
+
+  Args:
+    key: uint32, from `seed_key`.
+    state, images, labels, indices, num_steps: see `make_train_steps`; `indices` of this device alone.
+    model, tx, learning_rate, config: see `train_step`; nothing here reads `config.seed`.
+  """
+  step = partial(train_step, model=model, tx=tx, learning_rate=learning_rate, config=config)
+  # A length that is not known until run time lets one program serve chunks of every length.
+  # Elsewhere it would cost a look from the host at every step, and a chunk is an epoch.
+  max_steps = indices['own'].shape[0]
+  length = num_steps if jax.default_backend() == 'cpu' else max_steps
+
+  def body(i, carry):
+    state, buffers = carry
+    batch = _gather(images, labels, jax.tree.map(lambda x: x[i], indices), config)
+    state, measured = step(state, batch, jax.random.wrap_key_data(key))
+    return state, {name: buffer.at[i].set(measured[name]) for name, buffer in buffers.items()}
+
+  buffers = {name: jnp.zeros(max_steps, jnp.float32) for name in MEASURED}
+  return lax.fori_loop(0, length, body, (state, buffers))
+
+
+def seed_key(seed: int) -> np.ndarray:
+  """The key of a seed as numbers, uint32, in which form it goes to the devices of every process."""
+  return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def replicate(tree: Any) -> Any:
@@ -243,6 +271,7 @@ def train(
   evaluate_test: bool = True,
   on_validation: Callable[[int, dict[str, float]], None] | None = None,
   profile: bool = False,
+  stopping: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
   """Trains until the last epoch, from the newest checkpoint where there is one.
 
@@ -254,6 +283,7 @@ def train(
     on_validation: called with the epoch, from 1, and the metrics of each validation, before the
       checkpoint is saved. What it raises ends the run, which can be resumed as if it had been killed.
     profile: write a trace of one call, for TensorBoard or Perfetto, to `workdir`/plugins/profile.
+    stopping: from `stop_signal`, where the caller has more to do after this run; else the run has its own.
 
   Returns:
     What `result.json` holds of the training and of the test, which is evaluated once, at the end.
@@ -285,7 +315,7 @@ def train(
   started = saved = time.perf_counter()
 
   with (
-    _stop_signal() as stopping,
+    stop_signal() if stopping is None else contextlib.nullcontext(stopping) as stopping,
     _recorder(workdir, step, config) as recorder,
     Progress(total_steps, epochs, stream=None if _is_primary() else io.StringIO()) as progress,
   ):
@@ -462,7 +492,7 @@ def _check_finite(losses: np.ndarray, first_step: int) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
+def stop_signal() -> Iterator[Callable[[], bool]]:
   """Turns the first SIGTERM or Ctrl-C into a flag for the loop to see; a second one acts as it always did.
 
   Yields:

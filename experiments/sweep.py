@@ -155,6 +155,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
     raise UsageError("--sampler=cmaes needs the package cmaes; pip install '.[sweep]', or take another sampler.")
   config, _ = main.parse(rest)
   config_lib.check(config)
+  if config.seeds > 1:
+    raise UsageError(f'config.seeds is {config.seeds}, but a trial has one seed; leave it out and see --seeds.')
   file = next(a.split('=', 1)[1] for a in rest if a.startswith('--config='))
   stem = f'{Path(file.split(":")[0]).stem}-{Path(args.space).stem}'
   args.workdir = args.workdir or f'runs/sweep-{stem}'

@@ -10,7 +10,7 @@ FAULTS = """
 import resource
 import numpy as np
 from cnn_jax import command
-command.keep_freed_memory()
+command.prepare_backend()
 def use():
   for _ in range(20):
     np.ones(4_000_000)  # 32 MB, above what glibc keeps by itself

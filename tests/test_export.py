@@ -19,7 +19,7 @@ from cnn_jax import UsageError, calibration, command, config, evaluate, export
 from cnn_jax.model import create_model
 from tests.conftest import ROOT, run_command
 
-command.use_compile_cache()
+command.prepare_backend()
 
 _NAMES = ('left', 'right', '<img src=x onerror=alert(1)>', 'größer', 'a b')
 # Odd sizes, so that padding is asymmetric and pooling drops a row.

@@ -20,7 +20,7 @@ from cnn_jax.data import augment, drawings, files, load_dataset
 from cnn_jax.model import create_model
 from tests.conftest import ROOT, run_command
 
-command.use_compile_cache()
+command.prepare_backend()
 
 
 @pytest.fixture(scope='module')

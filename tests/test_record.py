@@ -117,6 +117,15 @@ def test_what_is_only_written_down_may_change(tmp_path):
   assert record.load_config(tmp_path).checkpoint.keep == 5
 
 
+def test_a_field_newer_than_the_run_had_its_default(tmp_path):
+  values = changed().to_dict()
+  del values['seeds'], values['augment']['cutmix']
+  record.write_json(tmp_path / 'config.json', values)
+  record.check_config(tmp_path, changed())
+  with pytest.raises(UsageError, match='config.seeds is 2, but the run in .* began with 1'):
+    record.check_config(tmp_path, changed(seeds=2))
+
+
 def test_a_config_file_that_is_wrong_is_named(tmp_path):
   with pytest.raises(UsageError, match=r'config.json is missing; give the --workdir of a run'):
     record.load_config(tmp_path)

@@ -52,7 +52,7 @@ def main() -> None:
   parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='change the recipe')
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  command.use_compile_cache()
+  command.prepare_backend()
   config = recipe()
   if args.select:
     config.data.validation = 1 / 6

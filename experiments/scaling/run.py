@@ -93,7 +93,7 @@ def measure(
   from cnn_jax.model import create_model
   from cnn_jax.optim import make_optimizer
 
-  command.use_compile_cache()
+  command.prepare_backend()
   if processes > 1:
     jax.distributed.initialize(coordinator, processes, process)
   config = default_config()

@@ -34,7 +34,8 @@ def serve(name: str, network: tuple[Sequence[int], Sequence[int]], batch: int) -
     network: image shape (height, width, channels), and the features of each block.
     batch: images a step.
   """
-  command.use_compile_cache()
+  if name == 'ours':
+    command.prepare_backend()  # as every command of the project does; stock Flax has JAX's defaults
   runs = (ours if name == 'ours' else stock_flax)(tuple(network[0]), tuple(network[1]), batch)
   for run in runs.values():
     run(2)  # compiles

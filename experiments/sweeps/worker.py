@@ -131,7 +131,7 @@ def _work(connection: multiprocessing.connection.Connection, share: Share) -> No
   from cnn_jax import command
   from cnn_jax.data import load_dataset
 
-  command.use_compile_cache()
+  command.prepare_backend()
   loaded: dict[str, Any] = {}  # the last data set, by the part of the config that says which
   while True:
     try:
