@@ -1,5 +1,5 @@
 # `make train` and `make test` do all the set-up from a bare clone: a Python >= 3.11 and a package registry are enough.
-.PHONY: train test lint setup clean
+.PHONY: train test reproduce lint setup clean
 
 # The newest Python that runs, of those with a file in constraints/, else any from 3.11 on. A pyenv
 # shim that fails is not one; the versions that pyenv has installed are.
@@ -13,6 +13,10 @@ train: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n auto --dist loadfile --cov --cov-report=term $(ARGS)
+
+# A published result again, from several seeds: PASS, or how far off. The others take longer: make reproduce RESULT=mnist
+reproduce: .venv/installed
+	.venv/bin/python -m experiments.reproduce $(or $(RESULT),digits) $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

@@ -10,12 +10,12 @@ import argparse
 import json
 import os
 import pathlib
-import statistics
 from typing import Any
 
 from cnn_jax import command
 from cnn_jax.main import train_and_evaluate
 from configs import image_folder
+from experiments import runs
 
 WAYS: dict[str, dict[str, Any]] = {
   'from nothing': {},
@@ -35,8 +35,7 @@ def main() -> None:
   parser.add_argument('--workdir', type=pathlib.Path, default=pathlib.Path('runs/fine_tuning'))
   parser.add_argument('--json', type=pathlib.Path)
   args = parser.parse_args()
-  command.keep_freed_memory()
-  command.use_compile_cache()
+  command.prepare_backend()
   classes = sorted(path.name for path in (args.data_dir / 'train').iterdir() if path.is_dir())
   half = len(classes) // 2
   base = _link(args.data_dir, args.workdir / 'pictures' / 'base', classes[:half], None)
@@ -56,10 +55,8 @@ def main() -> None:
       name = f'{way}-{seed}'.replace(' ', '-').replace(',', '')
       accuracies[way].append(train_and_evaluate(config, args.workdir / name)['test_accuracy'])
   print(f'\nThe run to start from: {trained["test_accuracy"]:.2%} on its own {half} classes.\n')
-  print('| | test accuracy, mean ± std | n |\n| --- | --- | --- |')
-  for way, values in accuracies.items():
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    print(f'| {way} | {statistics.mean(values):.2%} ± {spread:.2%} | {len(values)} |')
+  rows = [[way, runs.mean_std(values), str(len(values))] for way, values in accuracies.items()]
+  print(runs.table(['', 'test accuracy, mean ± std', 'n'], rows))
   if args.json:
     args.json.write_text(json.dumps({'base': trained['test_accuracy'], **accuracies}, indent=2) + '\n')
 
