@@ -12,6 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Trainable parameters of each config's network, on images of its set.
 PARAMETERS = {
   'mnist': ((28, 28, 1), 10, 241_898),
+  'mnist_best': ((28, 28, 1), 10, 241_898),
+  'mnist_small': ((28, 28, 1), 10, 7_894),
   'fashion_mnist': ((28, 28, 1), 10, 372_682),
   'cifar10': ((32, 32, 3), 10, 2_370_698),
   'cifar100': ((32, 32, 3), 100, 2_393_828),
@@ -59,6 +61,8 @@ def test_every_field_is_read():
   [
     ('epochs', 0, 'config.epochs is 0; it must be greater than zero'),
     ('batch_size', -4, 'config.batch_size is -4'),
+    ('seeds', 0, 'config.seeds is 0; it must be greater than zero'),
+    ('seeds', 2.0, 'config.seeds is 2.0, a float; it must be a int'),
     ('seed', 1.5, 'config.seed is 1.5, a float; it must be a int'),
     ('log.tensorboard', 1, 'config.log.tensorboard is 1, a int; it must be a bool'),
     ('model.pool', 'mean', 'one of: max, avg, none'),

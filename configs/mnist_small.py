@@ -1,0 +1,25 @@
+"""MNIST with 7,894 parameters.
+
+    TFDS_DATA_DIR=DIR python -m cnn_jax.main --config=configs/mnist_small.py
+
+So small a network learns little by heart, so it sees little augmentation and no label smoothing, for many epochs.
+Accuracy: not measured yet; see `experiments/small_model`.
+"""
+
+from configs import mnist
+
+
+def get_config(arg=None):
+  config = mnist.get_config(arg)
+  config.data.source = 'tfds'
+  config.epochs = 20
+  config.min_steps = 0
+  config.model.features = (12, 16, 20, 16)
+  config.loss.label_smoothing = 0.0
+  config.augment.shift = 1
+  config.augment.rotate = 5.0
+  config.augment.scale = 0.05
+  config.optimizer.learning_rate = 0.3
+  config.optimizer.weight_decay = 1e-3
+  config.evaluation.ema_decay = 0.999
+  return config
