@@ -274,13 +274,18 @@ def _transposed_product(columns: Array, g: Array, precision) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _max_pool(x: Array, window, strides, pads) -> Array:
+  """Without a gradient to follow: as XLA:CPU fuses it with the convolution before and the norm behind it."""
   default = functools.partial(nn.max_pool, window_shape=window, strides=strides, padding=pads)
-  cpu = functools.partial(_max_of_slices, window, strides, pads)
+  tiles = window == strides and not any(map(any, pads))
+  # In jax 0.10 it fuses the reduction over windows, later that over the axes of a reshape.
+  cpu = functools.partial(_max_of_tiles, window) if tiles and jax.__version_info__ >= (0, 11) else default
   return lax.platform_dependent(x, cpu=cpu, default=default)
 
 
 def _max_pool_forward(x, window, strides, pads):
-  y = _max_pool(x, window, strides, pads)
+  default = functools.partial(nn.max_pool, window_shape=window, strides=strides, padding=pads)
+  cpu = functools.partial(_max_of_slices, window, strides, pads)
+  y = lax.platform_dependent(x, cpu=cpu, default=default)
   return y, (x, y)
 
 
@@ -295,6 +300,12 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 def _lax_max_pool_gradient(window, strides, pads, x, y, g):
   return jax.vjp(lambda x: nn.max_pool(x, window, strides, pads), x)[1](g)[0]
+
+
+def _max_of_tiles(window, x):
+  (batch, height, width, channels), (rows, columns) = x.shape, window
+  x = x[:, : height // rows * rows, : width // columns * columns]
+  return x.reshape(batch, height // rows, rows, width // columns, columns, channels).max((2, 4))
 
 
 def _max_of_slices(window, strides, pads, x):
