@@ -27,8 +27,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     'model.features': (8, 12, 16), 'model.convs_per_block': 1, 'model.kernel_size': 5,
   },
   'three blocks of two': {'model.features': (8, 12, 16), 'model.convs_per_block': 2},
-  'four blocks of one, learning rate 0.3': {
-    'model.features': (12, 16, 20, 16), 'model.convs_per_block': 1, 'optimizer.learning_rate': 0.3,
+  'four blocks of one, learning rate 0.1': {
+    'model.features': (12, 16, 20, 16), 'model.convs_per_block': 1, 'optimizer.learning_rate': 0.1,
   },
   'four blocks of one, augmented as the large one': {
     'model.features': (12, 16, 20, 16), 'model.convs_per_block': 1,
