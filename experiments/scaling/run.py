@@ -162,12 +162,17 @@ def _plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     what, label = ('peak_mb', 'peak memory, MB') if axis == 'examples' else ('images_per_second', 'images/s')
     axes.plot([row['value'] for row in part], [row[what] for row in part], 'o-', color='#1f6f8b')
     axes.set(xscale='log', xlabel=axis.replace('_', ' '), ylabel=label, ylim=(0, None))
-    axes.set_xticks([row['value'] for row in part], [f'{row["value"]:,}' for row in part])
+    axes.set_xticks([row['value'] for row in part], [_short(row['value']) for row in part])
+    axes.yaxis.set_major_formatter('{x:,.0f}')
     axes.minorticks_off()
     axes.spines[['top', 'right']].set_visible(False)
   for axes in list(grid.flat)[len(axes_of) :]:
     axes.remove()
   figure.savefig(path, dpi=120)
+
+
+def _short(value: int) -> str:
+  return f'{value:,}' if value < 10_000 else f'{value // 1000}k'
 
 
 if __name__ == '__main__':
