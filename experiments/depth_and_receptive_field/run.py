@@ -24,6 +24,7 @@ from cnn_jax.report import receptive_field
 from experiments import runs
 
 CHANNELS, PATCHES = 6, 9  # shown of each block; of each channel, in a square
+OUTSIDE = -1.0  # in place of a pixel, which is 0 to 1
 
 
 def main(argv: Sequence[str]) -> None:
@@ -129,12 +130,14 @@ def _patch(run: Run, image: np.ndarray, block: int, place: tuple[int, int]) -> n
   ends = [receptive_field(run.config.model, size, block, position) for position in place]
   if ends[0][1] - ends[0][0] >= size:
     return image.astype(np.float32) / 255
-  framed = np.pad(image.astype(np.float32) / 255, size, constant_values=np.nan)
+  framed = np.pad(image.astype(np.float32) / 255, size, constant_values=OUTSIDE)
   (top, bottom), (left, right) = ends
   return framed[top + size : bottom + size + 1, left + size : right + size + 1]
 
 
 def _plot(found: list[dict[str, Any]], sheets: dict[int, np.ndarray], path: Path) -> None:
+  from matplotlib import colormaps
+
   depths = [one['blocks'] for one in found]
   errors = [[100 * (1 - value) for value in one['test_accuracy']] for one in found]
   with runs.figure(path, widths=(1, 1.9), size=(12, 5.2)) as (_, (left, right)):
@@ -146,6 +149,7 @@ def _plot(found: list[dict[str, Any]], sheets: dict[int, np.ndarray], path: Path
     place = right.get_subplotspec()
     right.remove()
     square = round(PATCHES**0.5)
+    gray = colormaps['gray'].with_extremes(under='#bcd3dc')  # what is outside of the image
     grid = place.subgridspec(len(sheets), CHANNELS).subplots(squeeze=False)
     for row, (block, channels) in zip(grid, sheets.items(), strict=True):
       for axes, patches in zip(row, channels, strict=False):
@@ -154,7 +158,7 @@ def _plot(found: list[dict[str, Any]], sheets: dict[int, np.ndarray], path: Path
         for i, patch in enumerate(patches):
           top, start = (side + 1) * (i // square), (side + 1) * (i % square)
           sheet[top : top + side, start : start + side] = patch
-        axes.imshow(sheet, cmap='gray', vmin=0, vmax=1, interpolation='none')
+        axes.imshow(sheet, cmap=gray, vmin=0, vmax=1, interpolation='none')
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
       for axes in row[len(channels) :]:
