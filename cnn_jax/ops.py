@@ -1,10 +1,12 @@
-"""Convolution and pooling whose gradients are fast on every backend.
+"""Convolution and pooling that train fast on every backend.
 
 The functions compute what `lax.conv_general_dilated`, `flax.linen.max_pool` and `flax.linen.avg_pool` do and
 take the same arguments. On GPU and TPU they are those functions. On the CPU their gradients are written by
 hand, because XLA:CPU turns a convolution into a fast one only when its dimension numbers are NHWC, HWIO, NHWC;
 JAX's transpose rules give both gradients others, which XLA rewrites at the top level of a program but not in the
-body of a `lax.scan` (there they fall to naive loops). The platform is chosen when the program is lowered.
+body of a `lax.scan` (there they fall to naive loops). Of a convolution with a kernel of three rows, all three
+products, the forward one too where a gradient follows, take half the multiplications (Winograd; rounding errors
+are some four times as large). The platform is chosen when the program is lowered.
 
 The gradients are those of reverse mode, of any order; forward mode (`jax.jvp`) is not defined.
 """
@@ -145,11 +147,14 @@ def _slices(x: Array, window, strides) -> list[Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
-  return _lax_conv(x, kernel, strides, pads, precision)
+  """Without a gradient to follow: as XLA:CPU fuses it with what comes behind it."""
+  return _lax_conv(strides, pads, precision, x, kernel)
 
 
 def _conv_forward(x, kernel, strides, pads, precision):
-  return _conv(x, kernel, strides, pads, precision), (x, kernel)
+  cpu = functools.partial(_fast_conv, strides, pads, precision)
+  default = functools.partial(_lax_conv, strides, pads, precision)
+  return lax.platform_dependent(x, kernel, cpu=cpu, default=default), (x, kernel)
 
 
 def _conv_backward(strides, pads, precision, saved, g):
@@ -161,14 +166,14 @@ def _conv_backward(strides, pads, precision, saved, g):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _lax_conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
+def _lax_conv(strides, pads, precision, x: Array, kernel: Array) -> Array:
   return lax.conv_general_dilated(
     x, kernel, strides, pads, dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision
   )
 
 
 def _lax_conv_gradients(strides, pads, precision, x, kernel, g):
-  return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, strides, pads, precision), x, kernel)[1](g)
+  return jax.vjp(functools.partial(_lax_conv, strides, pads, precision), x, kernel)[1](g)
 
 
 def _conv_gradients(strides, pads, precision, x, kernel, g):
@@ -180,6 +185,17 @@ def _conv_gradients(strides, pads, precision, x, kernel, g):
   )
 
 
+def _fast_conv(strides, pads, precision, x, kernel):
+  if not _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2):
+    return _lax_conv(strides, pads, precision, x, kernel)
+  part = _part(x)
+  if part == len(x):
+    return _winograd_conv(pads, precision, kernel, lax.optimization_barrier(x))
+  conv = functools.partial(_winograd_conv, pads, precision, kernel)
+  y = lax.map(conv, x.reshape(-1, part, *x.shape[1:]))
+  return y.reshape(len(x), *y.shape[2:])
+
+
 def _conv_input_gradient(strides, pads, precision, x, kernel, g):
   """The convolution of `g`, spread out by the strides, with the kernel turned by 180 degrees."""
   back = []
@@ -188,6 +204,8 @@ def _conv_input_gradient(strides, pads, precision, x, kernel, g):
   ):
     back.append((k - 1 - low, size - ((outputs - 1) * stride + 1) + low))
   turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+  if strides == (1, 1):
+    return _fast_conv(strides, tuple(back), precision, g, turned)
   return lax.conv_general_dilated(
     g, turned, (1, 1), back, strides, dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision
   )
@@ -195,9 +213,12 @@ def _conv_input_gradient(strides, pads, precision, x, kernel, g):
 
 def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
   """In one of three ways; which is fastest at which shapes was measured (experiments/step_time)."""
-  wide = min(kernel.shape[2:]) >= 16 and g.shape[1] >= 3
-  if kernel.shape[0] == 3 and strides == (1, 1) and wide and x.dtype in (jnp.float32, jnp.float64):
-    return _winograd_kernel_gradient(pads, precision, x, kernel, g)
+  if _is_winograd(strides, x, kernel, g.shape[1]):
+    gradient, part = functools.partial(_winograd_kernel_gradient, pads, precision, kernel), _part(x)
+    if part == len(x):
+      return gradient(x, g)
+    parts = [array.reshape(-1, part, *array.shape[1:]) for array in (x, g)]
+    return lax.scan(lambda so_far, each: (so_far + gradient(*each), None), jnp.zeros_like(kernel), parts)[0]
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   features = g.shape[-1]
   if kernel.shape[2] <= 4:
@@ -224,36 +245,65 @@ _PIXELS = np.array(
 )
 _WEIGHTS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+_PART_SIZE = 2**19  # numbers of x; the transforms of so many still lie in the caches (experiments/step_time)
 
 
-def _winograd_kernel_gradient(pads, precision, x, kernel, g):
-  """The gradient of a kernel of three rows, from tiles of four rows of outputs.
+def _is_winograd(strides, x, kernel, height: int) -> bool:
+  """Whether a convolution, and its kernel's gradient, is faster so; `height` is that of the outputs."""
+  wide = min(kernel.shape[2:]) >= 16 and height >= 3
+  return kernel.shape[0] == 3 and strides == (1, 1) and wide and x.dtype in (jnp.float32, jnp.float64)
 
-  It is the transpose of Winograd's convolution in one dimension: rows of pixels and of the outputs' gradients are
-  transformed to 6 numbers a tile, whose products are the 6 numbers of the kernel's gradient. Along the width it is
-  im2col. That is half the multiplications and half the memory of im2col alone, at four times its rounding error
-  (some 6e-6 of the root mean square in float32).
+
+def _part(x: Array) -> int:
+  """Images to take at a time: as many as the caches have room for, or all where no such number divides the batch."""
+  most = max(1, _PART_SIZE // max(1, math.prod(x.shape[1:])))
+  part = next((part for part in range(min(len(x), most), 0, -1) if len(x) % part == 0), 0)
+  return part if 4 * part >= most else len(x)
+
+
+def _winograd_conv(pads, precision, kernel, x):
+  """A convolution with a kernel of three rows, in tiles of four rows of outputs.
+
+  Rows of pixels and of weights are transformed to 6 numbers a tile, whose products, transformed back, are the 4 rows.
+  Along the width it is im2col. That is half the multiplications and half the memory of im2col alone, at four times
+  its rounding error (some 6e-6 of the root mean square in float32).
   """
-  (_, height, width, _), (_, taps, channels, features) = g.shape, kernel.shape
-  tiles = -(-height // 4)
+  tiles = -(-(x.shape[1] + sum(pads[0]) - 2) // 4)
+  products = [
+    _matmul(columns, weights.reshape(-1, kernel.shape[-1]), precision)
+    for columns, weights in zip(_winograd_columns(pads, tiles, kernel, x), _combine(_WEIGHTS, kernel), strict=True)
+  ]
+  y = jnp.stack(_combine(_OUTPUTS, products), axis=2)
+  return y.reshape(len(x), 4 * tiles, *y.shape[3:])[:, : x.shape[1] + sum(pads[0]) - 2]
+
+
+def _winograd_kernel_gradient(pads, precision, kernel, x, g):
+  """The gradient of a kernel of three rows: the transpose of `_winograd_conv`, with the same rounding error."""
+  tiles = -(-g.shape[1] // 4)
+  g = jnp.pad(g, ((0, 0), (0, 4 * tiles - g.shape[1]), (0, 0), (0, 0)))
+  outputs = _combine(_OUTPUTS.T, [g[:, i::4] for i in range(4)])
+  products = jnp.stack(
+    [
+      _transposed_product(columns, output, precision)
+      for columns, output in zip(_winograd_columns(pads, tiles, kernel, x), outputs, strict=True)
+    ]
+  )
+  gradient = _matmul(jnp.asarray(_WEIGHTS.T, g.dtype), products.reshape(6, -1), lax.Precision.HIGHEST)
+  return gradient.reshape(kernel.shape)
+
+
+def _winograd_columns(pads, tiles: int, kernel, x) -> list[Array]:
+  """The 6 transforms of the rows of each tile, (batch, tiles, width, kernel width * channels)."""
   (top, _), sides = pads
   bottom = 4 * tiles + 2 - top - x.shape[1]
   x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (top, bottom, 0), (*sides, 0), (0, 0, 0)))
-  g = jnp.pad(g, ((0, 0), (0, 4 * tiles - height), (0, 0), (0, 0)))
   pixels = _combine(_PIXELS, [x[:, i : i + 4 * tiles - 3 : 4] for i in range(6)])
-  outputs = _combine(_OUTPUTS.T, [g[:, i::4] for i in range(4)])
-  columns = [jnp.concatenate([p[:, :, j : j + width] for j in range(taps)], axis=-1) for p in pixels]
-  products = jnp.stack([_transposed_product(c, o, precision) for c, o in zip(columns, outputs, strict=True)])
-  weights = jnp.asarray(_WEIGHTS.T, g.dtype)
-  gradient = _matmul(weights, products.reshape(6, -1), lax.Precision.HIGHEST)
-  return gradient.reshape(3, taps, channels, features)
+  return [jnp.concatenate(_slices(p, (1, kernel.shape[1]), (1, 1)), axis=-1) for p in pixels]
 
 
-def _combine(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
+def _combine(matrix: np.ndarray, parts) -> list[Array]:
   """The matrix times the vector of the parts."""
-  sums = [sum(part * weight for weight, part in zip(row, parts, strict=True) if weight) for row in matrix.tolist()]
-  # Without the barrier XLA would compute a sum again at each of the places that use it.
-  return [lax.optimization_barrier(s) for s in sums]
+  return [sum(part * weight for weight, part in zip(row, parts, strict=True) if weight) for row in matrix.tolist()]
 
 
 def _matmul(a: Array, b: Array, precision) -> Array:

@@ -83,6 +83,17 @@ def test_convolution_is_that_of_lax(branch, shape, kernel, strides, padding):
 
 
 @pytest.mark.parametrize(
+  ('batch', 'at_a_time', 'part'),
+  [(6, 6, 6), (6, 3, 3), (6, 5, 3), (6, 1, 1), (7, 5, 7), (0, 5, 0)],  # in parts of one 7 images would be slower
+)
+def test_large_batches_are_convolved_in_parts(monkeypatch, batch, at_a_time, part):
+  x, kernel = normal(0, batch, 5, 4, 16), normal(1, 3, 3, 16, 17)
+  monkeypatch.setattr(ops, '_PART_SIZE', at_a_time * 5 * 4 * 16)
+  assert ops._part(x) == part
+  assert_same(*convolutions(), x, kernel)
+
+
+@pytest.mark.parametrize(
   'options',
   [{'rhs_dilation': (2, 1)}, {'lhs_dilation': (1, 2)}, {'feature_group_count': 2}, {'batch_group_count': 2}],
 )
@@ -191,8 +202,11 @@ def test_under_vmap():
     np.testing.assert_allclose(fast[0], stock[0], atol=1e-11)
 
 
-def test_second_gradient():
-  x, kernel, direction = normal(0, 1, 6, 6, 2), normal(1, 3, 3, 2, 2), normal(2, 3, 3, 2, 2)
+@pytest.mark.parametrize(('batch', 'channels'), [(1, 2), (1, 16), (2, 16)], ids=['narrow', 'wide', 'in parts'])
+def test_second_gradient(monkeypatch, batch, channels):
+  monkeypatch.setattr(ops, '_PART_SIZE', 6 * 6 * 16)
+  x = normal(0, batch, 6, 6, channels)
+  kernel, direction = normal(1, 3, 3, channels, channels), normal(2, 3, 3, channels, channels)
 
   def curvature(network):
     slope = jax.grad(lambda k: small_network(*network, [k], x))

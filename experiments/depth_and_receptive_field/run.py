@@ -95,8 +95,8 @@ def strongest_patches(run: Run, images: np.ndarray, block: int) -> np.ndarray:
     block: from 1.
 
   Returns:
-    float32 (CHANNELS, PATCHES, side, side) in [0, 1], side that of the receptive field, at most the image's; NaN
-    outside of the image.
+    float32 (CHANNELS, PATCHES, side, side) in [0, 1], side that of the receptive field, at most the image's; OUTSIDE
+    of the image.
   """
 
   @jax.jit
