@@ -177,8 +177,10 @@ class ConvBlock(nn.Module):
     activation = _ACTIVATIONS[self.activation]
     for i in range(self.convs):
       last = i == self.convs - 1
-      x = self._conv(self.kernel_size, self.stride if i == 0 else 1, f'conv{i + 1}')(x)
-      x = _pool(x, self.pool if last else 'none')
+      pool = self.pool if last else 'none'
+      conv = ops.conv_max_pool if pool == 'max' else ops.conv_general_dilated
+      x = self._conv(self.kernel_size, self.stride if i == 0 else 1, f'conv{i + 1}', conv)(x)
+      x = _avg_pool(x) if pool == 'avg' else x
       x = self._norm(f'norm{i + 1}')(x)
       if not (last and self.residual):
         x = activation(x)
@@ -187,7 +189,7 @@ class ConvBlock(nn.Module):
       x = activation(x + shortcut)
     return x
 
-  def _conv(self, kernel_size: int, stride: int, name: str) -> nn.Conv:
+  def _conv(self, kernel_size: int, stride: int, name: str, conv: Callable = ops.conv_general_dilated) -> nn.Conv:
     return nn.Conv(
       self.features,
       (kernel_size, kernel_size),
@@ -195,7 +197,7 @@ class ConvBlock(nn.Module):
       use_bias=self.norm == 'none',  # a norm has a bias of its own
       kernel_init=nn.initializers.he_normal(),
       dtype=self.dtype,
-      conv_general_dilated=ops.conv_general_dilated,
+      conv_general_dilated=conv,
       name=name,
     )
 
@@ -216,16 +218,14 @@ class ConvBlock(nn.Module):
   def _resize_shortcut(self, x: Array, shape: Sequence[int]) -> Array:
     """Brings a block's input to its output's shape: strided and pooled on average, projected where channels differ."""
     x = x[:, :: self.stride, :: self.stride, :]
-    x = _pool(x, 'none' if self.pool == 'none' or x.shape[1] == shape[1] else 'avg')
+    x = x if self.pool == 'none' or x.shape[1] == shape[1] else _avg_pool(x)
     if x.shape[-1] != shape[-1]:
       x = self._conv(1, 1, 'projection')(x)
     return x
 
 
-def _pool(x: Array, kind: str) -> Array:
-  if kind == 'none':
-    return x
-  return {'max': ops.max_pool, 'avg': ops.avg_pool}[kind](x, (2, 2), strides=(2, 2))
+def _avg_pool(x: Array) -> Array:
+  return ops.avg_pool(x, (2, 2), strides=(2, 2))
 
 
 def _is_block(module: nn.Module, method: str) -> bool:

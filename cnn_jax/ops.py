@@ -50,21 +50,37 @@ def conv_general_dilated(
   Returns:
     (batch, height, width, features), of the dtype of `lhs` or `preferred_element_type`.
   """
-  usual = (
-    lhs.ndim == 4
-    and _is_channels_last(lhs, rhs, dimension_numbers)
-    and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    and feature_group_count == batch_group_count == 1
-    and preferred_element_type in (None, lhs.dtype)
-    and lhs.dtype == rhs.dtype
-  )
-  if not usual:
-    return lax.conv_general_dilated(
-      lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-      feature_group_count, batch_group_count, precision, preferred_element_type,
-    )  # fmt: skip
+  options = (
+    lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count, precision,
+    preferred_element_type,
+  )  # fmt: skip
+  if not _is_plain(lhs, rhs, *options):
+    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options)
   strides = tuple(window_strides)
   return _conv(lhs, rhs, strides, _pads(padding, lhs.shape[1:3], rhs.shape[:2], strides), precision)
+
+
+def conv_max_pool(lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Padding, **options: Any) -> Array:
+  """Convolves images with kernels and takes the maximum over windows of 2x2; `flax.linen.Conv` takes it too.
+
+  It is `max_pool(conv_general_dilated(...), (2, 2), (2, 2))`, gradients and ties and all. On the CPU, images of at
+  most four channels never become maps of their full size: one matrix product makes the four places of every window
+  side by side (four kernels in one of one row and one column more), and the maximum and its place are all that is kept.
+  A bias that follows may as well come before: it moves all places of a window alike.
+
+  Args:
+    lhs, rhs, window_strides, padding, options: as of `conv_general_dilated`.
+
+  Returns:
+    (batch, height // 2, width // 2, features) where that gives (batch, height, width, features).
+  """
+  narrow = rhs.ndim == 4 and rhs.shape[2] <= 4 and all(stride == 1 for stride in window_strides)
+  if jax.default_backend() == 'cpu' and narrow and _is_plain(lhs, rhs, **options):
+    pads = _pads(padding, lhs.shape[1:3], rhs.shape[:2], (1, 1))
+    outputs = [size + sum(p) - k + 1 for size, p, k in zip(lhs.shape[1:3], pads, rhs.shape[:2], strict=True)]
+    if min(outputs) >= 2:
+      return _conv_max_pool(lhs, rhs, pads, options.get('precision'))
+  return max_pool(conv_general_dilated(lhs, rhs, window_strides, padding, **options), (2, 2), (2, 2))
 
 
 def max_pool(x: Array, window_shape: Sequence[int], strides: Sequence[int] | None = None, padding: Padding = 'VALID'):
@@ -120,6 +136,29 @@ def avg_pool(
   return x.reshape(x.shape[0], height // kh, kh, width // kw, kw, x.shape[3]).mean((2, 4))
 
 
+def _is_plain(
+  lhs: Array,
+  rhs: Array,
+  lhs_dilation: Sequence[int] | None = None,
+  rhs_dilation: Sequence[int] | None = None,
+  dimension_numbers: Any = None,
+  feature_group_count: int = 1,
+  batch_group_count: int = 1,
+  precision: Any = None,
+  preferred_element_type: Any = None,
+) -> bool:
+  """Whether a convolution is one of images with channels last, of one dtype, undilated and in one group."""
+  del precision
+  return (
+    lhs.ndim == 4
+    and _is_channels_last(lhs, rhs, dimension_numbers)
+    and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    and feature_group_count == batch_group_count == 1
+    and preferred_element_type in (None, lhs.dtype)
+    and lhs.dtype == rhs.dtype
+  )
+
+
 def _is_channels_last(lhs: Array, rhs: Array, dimension_numbers: Any) -> bool:
   if dimension_numbers is None:
     return False  # lax then means channels first
@@ -147,8 +186,7 @@ def _slices(x: Array, window, strides) -> list[Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
-  """Without a gradient to follow: as XLA:CPU fuses it with what comes behind it."""
-  return _lax_conv(strides, pads, precision, x, kernel)
+  return _conv_forward(x, kernel, strides, pads, precision)[0]
 
 
 def _conv_forward(x, kernel, strides, pads, precision):
@@ -186,7 +224,7 @@ def _conv_gradients(strides, pads, precision, x, kernel, g):
 
 
 def _fast_conv(strides, pads, precision, x, kernel):
-  if not _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2):
+  if not _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2, _SHARED):
     return _lax_conv(strides, pads, precision, x, kernel)
   part = _part(x)
   if part == len(x):
@@ -213,7 +251,7 @@ def _conv_input_gradient(strides, pads, precision, x, kernel, g):
 
 def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
   """In one of three ways; which is fastest at which shapes was measured (experiments/step_time)."""
-  if _is_winograd(strides, x, kernel, g.shape[1]):
+  if _is_winograd(strides, x, kernel, g.shape[1], 16):
     gradient, part = functools.partial(_winograd_kernel_gradient, pads, precision, kernel), _part(x)
     if part == len(x):
       return gradient(x, g)
@@ -245,12 +283,20 @@ _PIXELS = np.array(
 )
 _WEIGHTS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+# Features from which on a convolution is faster by Winograd: XLA's own is a fast one since jax 0.11.
+_SHARED = 64 if jax.__version_info__ >= (0, 11) else 16
 _PART_SIZE = 2**19  # numbers of x; the transforms of so many still lie in the caches (experiments/step_time)
 
 
-def _is_winograd(strides, x, kernel, height: int) -> bool:
-  """Whether a convolution, and its kernel's gradient, is faster so; `height` is that of the outputs."""
-  wide = min(kernel.shape[2:]) >= 16 and height >= 3
+def _is_winograd(strides, x, kernel, height: int, features: int) -> bool:
+  """Whether a convolution is faster so, or its kernel's gradient.
+
+  Args:
+    strides, x, kernel: of the convolution.
+    height: of its outputs.
+    features: so many must share what the transforms of the images cost.
+  """
+  wide = kernel.shape[2] >= 16 and kernel.shape[3] >= features and height >= 3
   return kernel.shape[0] == 3 and strides == (1, 1) and wide and x.dtype in (jnp.float32, jnp.float64)
 
 
@@ -319,6 +365,57 @@ def _transposed_product(columns: Array, g: Array, precision) -> Array:
   return lax.dot_general(g, columns, dimensions, precision=precision, preferred_element_type=accumulate).T
 
 
+# --- convolution of few channels and 2x2 maximum ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_max_pool(x: Array, kernel: Array, pads, precision) -> Array:
+  cpu = functools.partial(_conv_max_pool_forward, pads=pads, precision=precision)
+  return lax.platform_dependent(
+    x, kernel, cpu=lambda *a: cpu(*a)[0], default=functools.partial(_lax_conv_max_pool, pads, precision)
+  )
+
+
+def _lax_conv_max_pool(pads, precision, x: Array, kernel: Array) -> Array:
+  return nn.max_pool(_lax_conv((1, 1), pads, precision, x, kernel), (2, 2), (2, 2))
+
+
+def _conv_max_pool_forward(x, kernel, pads, precision):
+  def windows(x):
+    patches = jnp.concatenate(_slices(jnp.pad(x, ((0, 0), *pads, (0, 0))), (rows + 1, columns + 1), (2, 2)), axis=-1)
+    y = _matmul(patches.reshape(-1, patches.shape[-1]), four.reshape(patches.shape[-1], -1), precision)
+    places = jnp.split(y.astype(x.dtype).reshape(*patches.shape[:3], -1), 4, axis=-1)
+    y = functools.reduce(jnp.maximum, places)
+    return y, _first_maximum(places, y), patches
+
+  rows, columns = kernel.shape[:2]
+  four = jnp.concatenate(
+    [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in range(2) for j in range(2)], axis=-1
+  )
+  y, winner, patches = windows(x)
+  return y, (x, kernel, winner, patches)
+
+
+def _conv_max_pool_backward(pads, precision, saved, g):
+  x, kernel, winner, patches = saved
+  g = lax.optimization_barrier(g)  # else what made it would be computed again for each of the four places
+  rows, columns = kernel.shape[:2]
+  places = jnp.where(winner[..., None, :] == jnp.arange(4, dtype=winner.dtype)[:, None], g[..., None, :], 0)
+  places = lax.optimization_barrier(places)
+  gradient = _transposed_product(patches, places.reshape(*g.shape[:3], -1), precision)
+  gradient = gradient.reshape(rows + 1, columns + 1, kernel.shape[2], 4, kernel.shape[3])
+  gradient = sum(gradient[i : i + rows, j : j + columns, :, 2 * i + j] for i in range(2) for j in range(2))
+  spread = _spread(winner, g, (2, 2))
+  outputs = [size + sum(p) - k + 1 for size, p, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)]
+  ends = [(0, output - size, 0) for output, size in zip(outputs, spread.shape[1:3], strict=True)]
+  spread = lax.pad(spread, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+  # Of the images themselves nobody takes the gradient in training, and then it is not computed.
+  return _conv_input_gradient((1, 1), pads, precision, x, kernel, spread), gradient.astype(kernel.dtype)
+
+
+_conv_max_pool.defvjp(_conv_max_pool_forward, _conv_max_pool_backward)
+
+
 # --- max pooling ---
 
 
@@ -365,9 +462,7 @@ def _max_of_slices(window, strides, pads, x):
 
 def _max_pool_gradient(window, strides, pads, x, y, g):
   padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), *((*p, 0) for p in pads), (0, 0, 0)))
-  winner = jnp.full(y.shape, math.prod(window) - 1, jnp.int8 if math.prod(window) < 128 else jnp.int32)
-  for k, value in reversed(list(enumerate(_slices(padded, window, strides)))):
-    winner = jnp.where(value == y, winner.dtype.type(k), winner)
+  winner = _first_maximum(_slices(padded, window, strides), y)
   zero = jnp.zeros((), g.dtype)
   if window == strides:
     gradient = _spread(winner, g, window)
@@ -386,6 +481,14 @@ def _max_pool_gradient(window, strides, pads, x, y, g):
     steps = [(*e, stride - 1) for e, stride in zip(ends, strides, strict=True)]
     gradient += lax.pad(jnp.where(winner == k, g, 0), zero, ((0, 0, 0), *steps, (0, 0, 0)))
   return gradient
+
+
+def _first_maximum(values: Sequence[Array], maximum: Array) -> Array:
+  """Which of some arrays is the first to hold the maximum, by element: the number of each, int8 or int32."""
+  first = jnp.full(maximum.shape, len(values) - 1, jnp.int8 if len(values) < 128 else jnp.int32)
+  for k, value in reversed(list(enumerate(values))):
+    first = jnp.where(value == maximum, first.dtype.type(k), first)
+  return first
 
 
 def _spread(winner: Array, g: Array, window) -> Array:

@@ -142,6 +142,65 @@ def test_max_pool_is_that_of_flax(branch, shape, window, strides, padding):
   assert_same(*pools, jnp.concatenate([x, ties]), atol=1e-14)
 
 
+@pytest.mark.parametrize(
+  ('shape', 'kernel', 'strides', 'padding'),
+  [
+    ((2, 8, 6, 1), (3, 3, 1, 5), (1, 1), 'SAME'),
+    ((2, 9, 7, 3), (3, 3, 3, 4), (1, 1), 'SAME'),  # the last row and column are in no window
+    ((1, 8, 7, 2), (2, 4, 2, 3), (1, 1), 'VALID'),
+    ((2, 6, 7, 4), (5, 1, 4, 2), (1, 1), ((2, 1), (0, 3))),
+    ((2, 9, 9, 2), (3, 3, 2, 3), (2, 2), 'SAME'),
+    ((2, 6, 6, 5), (3, 3, 5, 3), (1, 1), 'SAME'),
+    ((2, 1, 6, 1), (1, 1, 1, 3), (1, 1), 'SAME'),  # no window at all
+  ],
+)
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_convolution_and_pool_in_one_is_both(monkeypatch, backend, shape, kernel, strides, padding):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+
+  def stock(x, kernel):
+    return nn.max_pool(lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC), (2, 2), (2, 2))
+
+  def fast(x, kernel):
+    return ops.conv_max_pool(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+  x, weights = normal(0, *shape), normal(1, *kernel)
+  assert_same(fast, stock, x, weights)
+  # Of whole numbers: nearly every window has several maxima.
+  assert_same(fast, stock, jnp.round(x), jnp.round(weights))
+
+
+def test_convolution_and_pool_in_one_has_a_second_gradient():
+  x, kernel, direction = normal(0, 2, 6, 6, 2), normal(1, 3, 3, 2, 3), normal(2, 3, 3, 2, 3)
+
+  def curvature(network):
+    slope = jax.grad(lambda k: (network(x, k, (1, 1), 'SAME', dimension_numbers=NHWC) ** 3).sum())
+    return jax.grad(lambda k: jnp.vdot(slope(k), direction))(kernel)
+
+  def both(*arguments, **options):
+    return nn.max_pool(lax.conv_general_dilated(*arguments, **options), (2, 2), (2, 2))
+
+  np.testing.assert_allclose(curvature(ops.conv_max_pool), curvature(both), atol=1e-10)
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 0.04)])
+def test_convolution_and_pool_in_one_keeps_the_dtype(dtype, tolerance):
+  def stock(x, kernel):
+    return nn.max_pool(lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC), (2, 2), (2, 2))
+
+  def fast(x, kernel):
+    return ops.conv_max_pool(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC)
+
+  arguments = normal(0, 2, 8, 8, 3, dtype=dtype), normal(1, 3, 3, 3, 4, dtype=dtype)
+  # Two places of a window that bfloat16 cannot tell apart may each win in one of the two: then a whole gradient moves.
+  y = [np.asarray(f(*arguments), np.float64) for f in (fast, stock)]
+  np.testing.assert_allclose(*y, rtol=tolerance, atol=tolerance)
+  if dtype == 'float32':
+    assert_same(fast, stock, *arguments, rtol=tolerance, atol=tolerance * 10)
+  gradient = jax.grad(lambda k: fast(arguments[0], k).sum())(arguments[1])
+  assert gradient.dtype == arguments[1].dtype
+
+
 def test_max_pool_sends_a_tie_to_the_first():
   gradient = jax.grad(lambda x: ops.max_pool(x, (2, 2), (2, 2)).sum())(jnp.zeros((1, 2, 4, 1)))
   np.testing.assert_array_equal(gradient[0, :, :, 0], [[1, 0, 1, 0], [0, 0, 0, 0]])
