@@ -224,7 +224,8 @@ def _conv_gradients(strides, pads, precision, x, kernel, g):
 
 
 def _fast_conv(strides, pads, precision, x, kernel):
-  if not _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2, _SHARED):
+  wide = kernel.shape[2] >= 16 and kernel.shape[3] >= _WIDE_FEATURES
+  if not (wide and _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2)):
     return _lax_conv(strides, pads, precision, x, kernel)
   part = _part(x)
   if part == len(x):
@@ -250,13 +251,21 @@ def _conv_input_gradient(strides, pads, precision, x, kernel, g):
 
 
 def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
-  """In one of three ways; which is fastest at which shapes was measured (experiments/step_time)."""
-  if _is_winograd(strides, x, kernel, g.shape[1], 16):
+  """In one of four ways; which is fastest at which shapes was measured (experiments/step_time)."""
+  wide = kernel.shape[2] >= _WIDE_CHANNELS and kernel.shape[3] >= 16
+  if wide and _is_winograd(strides, x, kernel, g.shape[1]):
     gradient, part = functools.partial(_winograd_kernel_gradient, pads, precision, kernel), _part(x)
     if part == len(x):
       return gradient(x, g)
     parts = [array.reshape(-1, part, *array.shape[1:]) for array in (x, g)]
     return lax.scan(lambda so_far, each: (so_far + gradient(*each), None), jnp.zeros_like(kernel), parts)[0]
+  if kernel.shape[2] > 4 and strides == (1, 1):
+    # The convolution of each channel with the gradient of each feature, batch and channels in each other's place.
+    product = lax.conv_general_dilated(
+      x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), strides, pads,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision=precision, preferred_element_type=_accumulator(g),
+    )  # fmt: skip
+    return product.transpose(1, 2, 0, 3).astype(kernel.dtype)
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   features = g.shape[-1]
   if kernel.shape[2] <= 4:
@@ -283,21 +292,15 @@ _PIXELS = np.array(
 )
 _WEIGHTS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
-# Features from which on a convolution is faster by Winograd: XLA's own is a fast one since jax 0.11.
-_SHARED = 64 if jax.__version_info__ >= (0, 11) else 16
+# From so many on enough share the transforms: features those of the images, channels those of the kernel's gradient.
+# XLA's own convolution, the other choice, is a fast one since jax 0.11.
+_WIDE_FEATURES, _WIDE_CHANNELS = (64, 32) if jax.__version_info__ >= (0, 11) else (16, 16)
 _PART_SIZE = 2**19  # numbers of x; the transforms of so many still lie in the caches (experiments/step_time)
 
 
-def _is_winograd(strides, x, kernel, height: int, features: int) -> bool:
-  """Whether a convolution is faster so, or its kernel's gradient.
-
-  Args:
-    strides, x, kernel: of the convolution.
-    height: of its outputs.
-    features: so many must share what the transforms of the images cost.
-  """
-  wide = kernel.shape[2] >= 16 and kernel.shape[3] >= features and height >= 3
-  return kernel.shape[0] == 3 and strides == (1, 1) and wide and x.dtype in (jnp.float32, jnp.float64)
+def _is_winograd(strides, x, kernel, height: int) -> bool:
+  """Whether a convolution with outputs of a height can be computed so, and more cheaply."""
+  return kernel.shape[0] == 3 and strides == (1, 1) and height >= 3 and x.dtype in (jnp.float32, jnp.float64)
 
 
 def _part(x: Array) -> int:
@@ -352,17 +355,20 @@ def _combine(matrix: np.ndarray, parts) -> list[Array]:
   return [sum(part * weight for weight, part in zip(row, parts, strict=True) if weight) for row in matrix.tolist()]
 
 
+def _accumulator(x: Array) -> Any:
+  """The dtype for sums over a batch: of bfloat16 they are taken in float32."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _matmul(a: Array, b: Array, precision) -> Array:
-  # bfloat16 is summed over the batch in float32.
-  return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.promote_types(b.dtype, jnp.float32))
+  return jnp.matmul(a, b, precision=precision, preferred_element_type=_accumulator(b))
 
 
 def _transposed_product(columns: Array, g: Array, precision) -> Array:
   """`columns.T @ g`, summed over all axes but the last, computed in the order in which it is faster."""
   columns, g = columns.reshape(-1, columns.shape[-1]), g.reshape(-1, g.shape[-1])
-  accumulate = jnp.promote_types(g.dtype, jnp.float32)
   dimensions = (((0,), (0,)), ((), ()))
-  return lax.dot_general(g, columns, dimensions, precision=precision, preferred_element_type=accumulate).T
+  return lax.dot_general(g, columns, dimensions, precision=precision, preferred_element_type=_accumulator(g)).T
 
 
 # --- convolution of few channels and 2x2 maximum ---
@@ -381,35 +387,31 @@ def _lax_conv_max_pool(pads, precision, x: Array, kernel: Array) -> Array:
 
 
 def _conv_max_pool_forward(x, kernel, pads, precision):
-  def windows(x):
-    patches = jnp.concatenate(_slices(jnp.pad(x, ((0, 0), *pads, (0, 0))), (rows + 1, columns + 1), (2, 2)), axis=-1)
-    y = _matmul(patches.reshape(-1, patches.shape[-1]), four.reshape(patches.shape[-1], -1), precision)
-    places = jnp.split(y.astype(x.dtype).reshape(*patches.shape[:3], -1), 4, axis=-1)
-    y = functools.reduce(jnp.maximum, places)
-    return y, _first_maximum(places, y), patches
-
   rows, columns = kernel.shape[:2]
-  four = jnp.concatenate(
-    [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in range(2) for j in range(2)], axis=-1
-  )
-  y, winner, patches = windows(x)
-  return y, (x, kernel, winner, patches)
+  corners = [((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)) for i in range(2) for j in range(2)]
+  four = jnp.concatenate([jnp.pad(kernel, corner) for corner in corners], axis=-1)
+  patches = jnp.concatenate(_slices(jnp.pad(x, ((0, 0), *pads, (0, 0))), (rows + 1, columns + 1), (2, 2)), axis=-1)
+  y = _matmul(patches.reshape(-1, patches.shape[-1]), four.reshape(patches.shape[-1], -1), precision)
+  places = jnp.split(y.astype(x.dtype).reshape(*patches.shape[:3], -1), 4, axis=-1)
+  y = functools.reduce(jnp.maximum, places)
+  return y, (x, kernel, _first_maximum(places, y), patches)
 
 
 def _conv_max_pool_backward(pads, precision, saved, g):
   x, kernel, winner, patches = saved
-  g = lax.optimization_barrier(g)  # else what made it would be computed again for each of the four places
   rows, columns = kernel.shape[:2]
-  places = jnp.where(winner[..., None, :] == jnp.arange(4, dtype=winner.dtype)[:, None], g[..., None, :], 0)
-  places = lax.optimization_barrier(places)
+  # Without the first barrier XLA would compute g anew for each place, without the second element by element.
+  g = lax.optimization_barrier(g)
+  at_place = winner[..., None, :] == jnp.arange(4, dtype=winner.dtype)[:, None]
+  places = lax.optimization_barrier(jnp.where(at_place, g[..., None, :], 0))
   gradient = _transposed_product(patches, places.reshape(*g.shape[:3], -1), precision)
   gradient = gradient.reshape(rows + 1, columns + 1, kernel.shape[2], 4, kernel.shape[3])
   gradient = sum(gradient[i : i + rows, j : j + columns, :, 2 * i + j] for i in range(2) for j in range(2))
+  # In training nobody takes the gradient of the images themselves, and then none of what follows is computed.
   spread = _spread(winner, g, (2, 2))
   outputs = [size + sum(p) - k + 1 for size, p, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)]
   ends = [(0, output - size, 0) for output, size in zip(outputs, spread.shape[1:3], strict=True)]
   spread = lax.pad(spread, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-  # Of the images themselves nobody takes the gradient in training, and then it is not computed.
   return _conv_input_gradient((1, 1), pads, precision, x, kernel, spread), gradient.astype(kernel.dtype)
 
 

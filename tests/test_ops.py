@@ -76,10 +76,20 @@ def convolutions(strides=(1, 1), padding='SAME', **options):
     ((1, 3, 3, 2), (3, 3, 2, 1), (1, 1), 'VALID'),
     ((2, 7, 5, 16), (3, 3, 16, 17), (1, 1), 'SAME'),
     ((1, 9, 6, 18), (3, 2, 18, 16), (1, 1), ((0, 3), (1, 0))),
+    ((2, 6, 5, 16), (5, 2, 16, 7), (1, 1), ((2, 1), (0, 3))),
+    ((2, 7, 8, 16), (3, 3, 16, 16), (2, 2), 'SAME'),
   ],
 )
-def test_convolution_is_that_of_lax(branch, shape, kernel, strides, padding):
+@pytest.mark.parametrize('wide', [16, 17])
+def test_convolution_is_that_of_lax(monkeypatch, branch, wide, shape, kernel, strides, padding):
+  _wide_from(monkeypatch, wide)
   assert_same(*convolutions(strides, padding), normal(0, *shape), normal(1, *kernel))
+
+
+def _wide_from(monkeypatch, channels):
+  """Lets Winograd have the convolutions of so many channels and features."""
+  monkeypatch.setattr(ops, '_WIDE_FEATURES', channels)
+  monkeypatch.setattr(ops, '_WIDE_CHANNELS', channels)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +99,7 @@ def test_convolution_is_that_of_lax(branch, shape, kernel, strides, padding):
 def test_large_batches_are_convolved_in_parts(monkeypatch, batch, at_a_time, part):
   x, kernel = normal(0, batch, 5, 4, 16), normal(1, 3, 3, 16, 17)
   monkeypatch.setattr(ops, '_PART_SIZE', at_a_time * 5 * 4 * 16)
+  _wide_from(monkeypatch, 16)
   assert ops._part(x) == part
   assert_same(*convolutions(), x, kernel)
 
@@ -263,6 +274,7 @@ def test_under_vmap():
 
 @pytest.mark.parametrize(('batch', 'channels'), [(1, 2), (1, 16), (2, 16)], ids=['narrow', 'wide', 'in parts'])
 def test_second_gradient(monkeypatch, batch, channels):
+  _wide_from(monkeypatch, 16)
   monkeypatch.setattr(ops, '_PART_SIZE', 6 * 6 * 16)
   x = normal(0, batch, 6, 6, channels)
   kernel, direction = normal(1, 3, 3, channels, channels), normal(2, 3, 3, channels, channels)
