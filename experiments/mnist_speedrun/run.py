@@ -31,13 +31,14 @@ def recipe() -> Any:
   config = config_lib.default_config()
   config.data.source = 'tfds'
   config.data.validation = 0.0
-  config.batch_size = 64
+  config.batch_size = 32
   config.epochs = 1
-  config.model.features = (16, 32, 64)
+  config.model.features = (8, 16, 32, 32)
   config.model.aggregate = 'flatten'
   config.optimizer.learning_rate = 0.2
   config.optimizer.weight_decay = 2e-3
   config.schedule.warmup_epochs = 0.2
+  config.loss.label_smoothing = 0.1
   config.evaluation.batch_size = 1000
   return config
 
