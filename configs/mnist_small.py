@@ -1,4 +1,4 @@
-"""MNIST with 7,894 parameters.
+"""MNIST with 7,788 parameters.
 
     TFDS_DATA_DIR=DIR python -m cnn_jax.main --config=configs/mnist_small.py
 
@@ -14,7 +14,8 @@ def get_config(arg=None):
   config.data.source = 'tfds'
   config.epochs = 20
   config.min_steps = 0
-  config.model.features = (12, 16, 20, 16)
+  config.model.features = (6, 10, 12, 14)
+  config.model.convs_per_block = 2
   config.loss.label_smoothing = 0.0
   config.augment.shift = 1
   config.augment.rotate = 5.0

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARAMETERS = {
   'mnist': ((28, 28, 1), 10, 241_898),
   'mnist_best': ((28, 28, 1), 10, 295_002),
-  'mnist_small': ((28, 28, 1), 10, 7_894),
+  'mnist_small': ((28, 28, 1), 10, 7_788),
   'fashion_mnist': ((28, 28, 1), 10, 372_682),
   'cifar10': ((32, 32, 3), 10, 2_370_698),
   'cifar100': ((32, 32, 3), 100, 2_393_828),
