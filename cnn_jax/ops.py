@@ -4,9 +4,9 @@ The functions compute what `lax.conv_general_dilated`, `flax.linen.max_pool` and
 take the same arguments. On GPU and TPU they are those functions. On the CPU their gradients are written by
 hand, because XLA:CPU turns a convolution into a fast one only when its dimension numbers are NHWC, HWIO, NHWC;
 JAX's transpose rules give both gradients others, which XLA rewrites at the top level of a program but not in the
-body of a `lax.scan` (there they fall to naive loops). Of a convolution with a kernel of three rows, all three
-products, the forward one too where a gradient follows, take half the multiplications (Winograd; rounding errors
-are some four times as large). The platform is chosen when the program is lowered.
+body of a `lax.scan` (there they fall to naive loops). Of a convolution with a kernel of three rows and enough channels
+all three products take half the multiplications (Winograd; rounding errors are some four times as large), and a first
+convolution is computed together with the pooling behind it. The platform is chosen when the program is lowered.
 
 The gradients are those of reverse mode, of any order; forward mode (`jax.jvp`) is not defined.
 """
