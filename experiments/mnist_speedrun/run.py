@@ -11,7 +11,6 @@ import json
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -24,6 +23,7 @@ from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, batches, load_dataset
 from cnn_jax.model import create_model
 from cnn_jax.optim import make_optimizer, make_schedule
+from experiments.step_time.run import Peer
 
 
 def recipe() -> Any:
@@ -70,11 +70,10 @@ def main() -> None:
     for seed in range(args.first_seed, args.first_seed + args.seeds):
       runs['ours'].append(run_ours(seed))
       if peer is not None:
-        runs.setdefault('PyTorch', []).append(_ask(peer, seed))
+        runs.setdefault('PyTorch', []).append(peer.ask(seed))
       print(json.dumps({'seed': seed} | {name: values[-1] for name, values in runs.items()}), flush=True)
-    if peer is not None and peer.stdin is not None:
-      peer.stdin.close()
-      peer.wait()
+    if peer is not None:
+      peer.close()
   print('\n| | accuracy mean ± std | n | median s | min | max |\n| --- | --- | --- | --- | --- | --- |')
   for name, values in runs.items():
     accuracy, seconds = [v['accuracy'] for v in values], [v['seconds'] for v in values]
@@ -119,7 +118,7 @@ def _ours(config: Any, dataset: Dataset, split: str):
   return run
 
 
-def _peer(python: str, config: Any, dataset: Dataset, directory: pathlib.Path) -> subprocess.Popen:
+def _peer(python: str, config: Any, dataset: Dataset, directory: pathlib.Path) -> Peer:
   split = dataset.validation if len(dataset.validation) else dataset.test
   np.savez(
     directory / 'data.npz',
@@ -127,22 +126,10 @@ def _peer(python: str, config: Any, dataset: Dataset, directory: pathlib.Path) -
     test_images=np.asarray(split.images), test_labels=split.labels,
   )  # fmt: skip
   (directory / 'config.json').write_text(config.to_json())
-  peer = subprocess.Popen(
-    [python, str(pathlib.Path(__file__).with_name('torch_peer.py')), str(directory)],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  assert peer.stdout is not None
-  if peer.stdout.readline().strip() != 'ready':
-    sys.exit('error: the PyTorch peer did not start; see above.')
+  command_line = [python, str(pathlib.Path(__file__).with_name('torch_peer.py')), str(directory)]
+  peer = Peer(subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+  peer.wait_until_ready()
   return peer
-
-
-def _ask(peer: subprocess.Popen, seed: int) -> dict[str, float]:
-  assert peer.stdin is not None
-  assert peer.stdout is not None
-  peer.stdin.write(f'{seed}\n')
-  peer.stdin.flush()
-  return json.loads(peer.stdout.readline())
 
 
 if __name__ == '__main__':

@@ -177,11 +177,11 @@ class Peer:
 
   process: subprocess.Popen
 
-  def ask(self, work: str, steps: int) -> dict[str, float]:
-    """Sends a request and waits for the answer."""
+  def ask(self, *request: object) -> dict[str, float]:
+    """Sends a request, its words in one line, and waits for the answer."""
     assert self.process.stdin is not None
     self.process.send_signal(signal.SIGCONT)
-    self.process.stdin.write(f'{work} {steps}\n')
+    self.process.stdin.write(' '.join(map(str, request)) + '\n')
     self.process.stdin.flush()
     answer = self._read()
     self.process.send_signal(signal.SIGSTOP)
