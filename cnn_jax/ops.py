@@ -186,6 +186,8 @@ def _slices(x: Array, window, strides) -> list[Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
+  if _FUSES_ALL:
+    return _lax_conv(strides, pads, precision, x, kernel)
   return _conv_forward(x, kernel, strides, pads, precision)[0]
 
 
@@ -295,6 +297,8 @@ _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0
 # From so many on enough share the transforms: features those of the images, channels those of the kernel's gradient.
 # XLA's own convolution, the other choice, is a fast one since jax 0.11.
 _WIDE_FEATURES, _WIDE_CHANNELS = (64, 32) if jax.__version_info__ >= (0, 11) else (16, 16)
+# Before that, XLA computes a network that no gradient follows fastest if it is left alone with all of it.
+_FUSES_ALL = jax.__version_info__ < (0, 11)
 _PART_SIZE = 2**19  # numbers of x; the transforms of so many still lie in the caches (experiments/step_time)
 
 
@@ -376,6 +380,8 @@ def _transposed_product(columns: Array, g: Array, precision) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_max_pool(x: Array, kernel: Array, pads, precision) -> Array:
+  if _FUSES_ALL:
+    return _lax_conv_max_pool(pads, precision, x, kernel)
   cpu = functools.partial(_conv_max_pool_forward, pads=pads, precision=precision)
   return lax.platform_dependent(
     x, kernel, cpu=lambda *a: cpu(*a)[0], default=functools.partial(_lax_conv_max_pool, pads, precision)
