@@ -26,38 +26,25 @@ Padding = str | Sequence[tuple[int, int]]
 
 
 def conv_general_dilated(
-  lhs: Array,
-  rhs: Array,
-  window_strides: Sequence[int],
-  padding: Padding,
-  lhs_dilation: Sequence[int] | None = None,
-  rhs_dilation: Sequence[int] | None = None,
-  dimension_numbers: Any = None,
-  feature_group_count: int = 1,
-  batch_group_count: int = 1,
-  precision: Any = None,
-  preferred_element_type: Any = None,
+  lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Padding, **options: Any
 ) -> Array:
   """Convolves images with kernels; `flax.linen.Conv(conv_general_dilated=...)` takes it.
 
   Args:
     lhs: images (batch, height, width, channels).
     rhs: kernels (height, width, channels, features), of the same dtype.
-    window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-      batch_group_count, precision, preferred_element_type: as `lax.conv_general_dilated` has them. Dilation,
-      groups, other numbers of spatial dimensions and other layouts are left to it, gradients and all.
+    window_strides, padding: as `lax.conv_general_dilated` has them.
+    options: the rest of its arguments, by name. Dilation, groups, other numbers of spatial dimensions and other
+      layouts are left to it, gradients and all.
 
   Returns:
     (batch, height, width, features), of the dtype of `lhs` or `preferred_element_type`.
   """
-  options = (
-    lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count, precision,
-    preferred_element_type,
-  )  # fmt: skip
-  if not _is_plain(lhs, rhs, *options):
-    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, *options)
+  if not _is_plain(lhs, rhs, **options):
+    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
   strides = tuple(window_strides)
-  return _conv(lhs, rhs, strides, _pads(padding, lhs.shape[1:3], rhs.shape[:2], strides), precision)
+  pads = _pads(padding, lhs.shape[1:3], rhs.shape[:2], strides)
+  return _conv(lhs, rhs, strides, pads, options.get('precision'))
 
 
 def conv_max_pool(lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Padding, **options: Any) -> Array:
@@ -230,11 +217,11 @@ def _fast_conv(strides, pads, precision, x, kernel):
   if not (wide and _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2)):
     return _lax_conv(strides, pads, precision, x, kernel)
   part = _part(x)
-  if part == len(x):
+  if part == x.shape[0]:
     return _winograd_conv(pads, precision, kernel, lax.optimization_barrier(x))
   conv = functools.partial(_winograd_conv, pads, precision, kernel)
   y = lax.map(conv, x.reshape(-1, part, *x.shape[1:]))
-  return y.reshape(len(x), *y.shape[2:])
+  return y.reshape(x.shape[0], *y.shape[2:])
 
 
 def _conv_input_gradient(strides, pads, precision, x, kernel, g):
@@ -257,7 +244,7 @@ def _conv_kernel_gradient(strides, pads, precision, x, kernel, g):
   wide = kernel.shape[2] >= _WIDE_CHANNELS and kernel.shape[3] >= 16
   if wide and _is_winograd(strides, x, kernel, g.shape[1]):
     gradient, part = functools.partial(_winograd_kernel_gradient, pads, precision, kernel), _part(x)
-    if part == len(x):
+    if part == x.shape[0]:
       return gradient(x, g)
     parts = [array.reshape(-1, part, *array.shape[1:]) for array in (x, g)]
     return lax.scan(lambda so_far, each: (so_far + gradient(*each), None), jnp.zeros_like(kernel), parts)[0]
@@ -309,9 +296,11 @@ def _is_winograd(strides, x, kernel, height: int) -> bool:
 
 def _part(x: Array) -> int:
   """Images to take at a time: as many as the caches have room for, or all where no such number divides the batch."""
-  most = max(1, _PART_SIZE // max(1, math.prod(x.shape[1:])))
-  part = next((part for part in range(min(len(x), most), 0, -1) if len(x) % part == 0), 0)
-  return part if 4 * part >= most else len(x)
+  batch, most = x.shape[0], max(1, _PART_SIZE // max(1, math.prod(x.shape[1:])))
+  if not isinstance(batch, int):  # a program for batches of any size
+    return batch
+  part = next((part for part in range(min(batch, most), 0, -1) if batch % part == 0), 0)
+  return part if 4 * part >= most else batch
 
 
 def _winograd_conv(pads, precision, kernel, x):
@@ -327,7 +316,7 @@ def _winograd_conv(pads, precision, kernel, x):
     for columns, weights in zip(_winograd_columns(pads, tiles, kernel, x), _combine(_WEIGHTS, kernel), strict=True)
   ]
   y = jnp.stack(_combine(_OUTPUTS, products), axis=2)
-  return y.reshape(len(x), 4 * tiles, *y.shape[3:])[:, : x.shape[1] + sum(pads[0]) - 2]
+  return y.reshape(x.shape[0], 4 * tiles, *y.shape[3:])[:, : x.shape[1] + sum(pads[0]) - 2]
 
 
 def _winograd_kernel_gradient(pads, precision, kernel, x, g):

@@ -450,6 +450,7 @@ def _layers(run: Run) -> dict[str, Any]:
   )
   rows = []
   params = run.variables['params']
+  size: tuple[int, ...] = run.image_shape[:2]
   for top in sorted(params, key=lambda name: (name == 'head', _natural(name))):
     if top == 'head':
       (vector,) = shapes[run.model.aggregate]
@@ -461,6 +462,10 @@ def _layers(run: Run) -> dict[str, Any]:
     for name, (weights, output) in layers.items():
       output_shape = output['__call__'][0].shape[1:]
       kernel = weights.get('kernel')
+      if ' conv' in name:  # whose output may have been pooled already; padding keeps the size, but for the stride
+        stride = run.model.stride if name.endswith(' conv1') and top != 'block1' else 1
+        size = tuple(-(-side // stride) for side in size)
+        output_shape = (*size, kernel.shape[-1])
       places = math.prod(output_shape[:-1])
       rows.append(
         {
@@ -471,6 +476,8 @@ def _layers(run: Run) -> dict[str, Any]:
           'operations': 0 if kernel is None else 2 * kernel.size * places,
         }
       )
+    if top != 'head':
+      size = shapes[top]['__call__'][0].shape[1:3]
   return {
     'rows': rows,
     'parameters': sum(row['parameters'] for row in rows),

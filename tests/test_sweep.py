@@ -191,7 +191,9 @@ def postgres():
   )  # fmt: skip
   url = f'postgresql://sweep@127.0.0.1:{port}/postgres'
   try:
-    _wait(lambda: _connects(port), 60)
+    # It listens before it lets anyone in.
+    ready = [binaries / 'pg_isready', '-q', '-h', '127.0.0.1', '-p', str(port)]
+    _wait(lambda: subprocess.run(ready, check=False).returncode == 0, 60)
     yield url
   finally:
     server.send_signal(signal.SIGINT)  # without waiting for clients
@@ -211,11 +213,6 @@ def _free_port():
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     return s.getsockname()[1]
-
-
-def _connects(port):
-  with socket.socket() as s:
-    return s.connect_ex(('127.0.0.1', port)) == 0
 
 
 def _wait(condition, seconds):
