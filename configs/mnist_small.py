@@ -3,7 +3,8 @@
     TFDS_DATA_DIR=DIR python -m cnn_jax.main --config=configs/mnist_small.py
 
 So small a network learns little by heart, so it sees little augmentation and no label smoothing, for many epochs.
-Accuracy: not measured yet; see `experiments/small_model`.
+Test accuracy at the last epoch, mean and standard deviation of seeds 0 to 4: 99.51 +- 0.03 % (`experiments/small_model`),
+three and a half minutes a seed on 2 cores of an AMD EPYC.
 """
 
 from configs import mnist

@@ -64,6 +64,7 @@ def _plot(workdir: Path, accuracies: list[float], path: Path) -> None:
     axes.plot([1.03 * end] * len(tests), tests, 'o', color=red, markersize=4, alpha=0.6, markeredgewidth=0)
     runs.error_axis(axes)
     runs.name_ends(axes, 1.03 * end, [(last, 'validation', blue), (statistics.mean(tests), 'test', red)])
+    axes.set_xticks(range(0, int(end) + 1, max(1, round(end / 5))))
     axes.set(xlabel='epoch', ylabel='error, %', title=f'Less than {LIMIT:,} parameters, seed by seed')
 
 
