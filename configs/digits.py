@@ -2,7 +2,7 @@
 
     python -m cnn_jax.main --config=configs/digits.py
 
-Test accuracy at the last epoch: 98.89 +- 0.28 %, mean and standard deviation of seeds 0, 1, 2, on 359 images.
+Test accuracy at the last epoch: 98.79 +- 0.16 %, mean and standard deviation of seeds 0, 1, 2, on 359 images.
 """
 
 from cnn_jax.config import default_config
