@@ -114,8 +114,8 @@ def test_the_command_trains_and_judges(tmp_path, mean, status, verdict):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ([], 'which result? give one of mnist, mnist_bundled, digits'),
-    (['minst'], "there is no result 'minst'; give one of mnist, mnist_bundled, digits"),
+    ([], 'which result? give one of mnist, mnist_best, mnist_small, mnist_bundled, digits'),
+    (['minst'], "there is no result 'minst'; give one of mnist, mnist_best, mnist_small, mnist_bundled, digits"),
     (['digits', '--seeds=1'], '--seeds is 1'),
     (['digits', '--results=nowhere.json'], 'cannot read nowhere.json'),
     (['digits', '--results=README.md'], 'README.md is not a file of results'),
