@@ -23,6 +23,10 @@ from flax import linen as nn
 from jax import Array, lax
 
 Padding = str | Sequence[tuple[int, int]]
+_YNNPACK = jax.__version_info__ >= (
+  0,
+  11,
+)  # XLA:CPU has it since; what is fast, and what it fuses, is other than before
 
 
 def conv_general_dilated(
@@ -61,11 +65,11 @@ def conv_max_pool(lhs: Array, rhs: Array, window_strides: Sequence[int], padding
   Returns:
     (batch, height // 2, width // 2, features) where that gives (batch, height, width, features).
   """
+  # Decided here and not when the program is lowered: the platforms do not keep the same arrays for the gradient.
   narrow = rhs.ndim == 4 and rhs.shape[2] <= 4 and all(stride == 1 for stride in window_strides)
   if jax.default_backend() == 'cpu' and narrow and _is_plain(lhs, rhs, **options):
     pads = _pads(padding, lhs.shape[1:3], rhs.shape[:2], (1, 1))
-    outputs = [size + sum(p) - k + 1 for size, p, k in zip(lhs.shape[1:3], pads, rhs.shape[:2], strict=True)]
-    if min(outputs) >= 2:
+    if min(_output_size(lhs, rhs, pads)) >= 2:
       return _conv_max_pool(lhs, rhs, pads, options.get('precision'))
   return max_pool(conv_general_dilated(lhs, rhs, window_strides, padding, **options), (2, 2), (2, 2))
 
@@ -158,6 +162,11 @@ def _pads(padding: Padding, shape, window, strides) -> tuple[tuple[int, int], ..
   return tuple((int(low), int(high)) for low, high in pads)
 
 
+def _output_size(x: Array, kernel: Array, pads) -> list[int]:
+  """Height and width of a convolution's outputs, for strides of 1."""
+  return [size + sum(p) - k + 1 for size, p, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)]
+
+
 def _slices(x: Array, window, strides) -> list[Array]:
   """The windows' elements at each offset (row-major) of padded images: one (batch, height, width, channels) each."""
   height, width = ((size - k) // s + 1 for size, k, s in zip(x.shape[1:3], window, strides, strict=True))
@@ -173,7 +182,7 @@ def _slices(x: Array, window, strides) -> list[Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: Array, kernel: Array, strides, pads, precision) -> Array:
-  if _FUSES_ALL:
+  if not _YNNPACK:  # XLA then is fastest left alone with all of a network that no gradient follows
     return _lax_conv(strides, pads, precision, x, kernel)
   return _conv_forward(x, kernel, strides, pads, precision)[0]
 
@@ -214,7 +223,7 @@ def _conv_gradients(strides, pads, precision, x, kernel, g):
 
 def _fast_conv(strides, pads, precision, x, kernel):
   wide = kernel.shape[2] >= 16 and kernel.shape[3] >= _WIDE_FEATURES
-  if not (wide and _is_winograd(strides, x, kernel, sum(pads[0]) + x.shape[1] - 2)):
+  if not (wide and _is_winograd(strides, x, kernel, _output_size(x, kernel, pads)[0])):
     return _lax_conv(strides, pads, precision, x, kernel)
   part = _part(x)
   if part == x.shape[0]:
@@ -282,10 +291,8 @@ _PIXELS = np.array(
 _WEIGHTS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
 _OUTPUTS = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 # From so many on enough share the transforms: features those of the images, channels those of the kernel's gradient.
-# XLA's own convolution, the other choice, is a fast one since jax 0.11.
-_WIDE_FEATURES, _WIDE_CHANNELS = (64, 32) if jax.__version_info__ >= (0, 11) else (16, 16)
-# Before that, XLA computes a network that no gradient follows fastest if it is left alone with all of it.
-_FUSES_ALL = jax.__version_info__ < (0, 11)
+# YNNPACK's own convolution, the other choice, is a fast one.
+_WIDE_FEATURES, _WIDE_CHANNELS = (64, 32) if _YNNPACK else (16, 16)
 _PART_SIZE = 2**19  # numbers of x; the transforms of so many still lie in the caches (experiments/step_time)
 
 
@@ -369,7 +376,7 @@ def _transposed_product(columns: Array, g: Array, precision) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv_max_pool(x: Array, kernel: Array, pads, precision) -> Array:
-  if _FUSES_ALL:
+  if not _YNNPACK:  # as in _conv
     return _lax_conv_max_pool(pads, precision, x, kernel)
   cpu = functools.partial(_conv_max_pool_forward, pads=pads, precision=precision)
   return lax.platform_dependent(
@@ -403,10 +410,7 @@ def _conv_max_pool_backward(pads, precision, saved, g):
   gradient = gradient.reshape(rows + 1, columns + 1, kernel.shape[2], 4, kernel.shape[3])
   gradient = sum(gradient[i : i + rows, j : j + columns, :, 2 * i + j] for i in range(2) for j in range(2))
   # In training nobody takes the gradient of the images themselves, and then none of what follows is computed.
-  spread = _spread(winner, g, (2, 2))
-  outputs = [size + sum(p) - k + 1 for size, p, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)]
-  ends = [(0, output - size, 0) for output, size in zip(outputs, spread.shape[1:3], strict=True)]
-  spread = lax.pad(spread, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+  spread = _spread(winner, g, (2, 2), ((0, 0), (0, 0)), _output_size(x, kernel, pads))
   return _conv_input_gradient((1, 1), pads, precision, x, kernel, spread), gradient.astype(kernel.dtype)
 
 
@@ -421,8 +425,8 @@ def _max_pool(x: Array, window, strides, pads) -> Array:
   """Without a gradient to follow: as XLA:CPU fuses it with the convolution before and the norm behind it."""
   default = functools.partial(nn.max_pool, window_shape=window, strides=strides, padding=pads)
   tiles = window == strides and not any(map(any, pads))
-  # In jax 0.10 it fuses the reduction over windows, later that over the axes of a reshape.
-  cpu = functools.partial(_max_of_tiles, window) if tiles and jax.__version_info__ >= (0, 11) else default
+  # YNNPACK fuses the reduction over the axes of a reshape, XLA alone that over windows.
+  cpu = functools.partial(_max_of_tiles, window) if tiles and _YNNPACK else default
   return lax.platform_dependent(x, cpu=cpu, default=default)
 
 
@@ -462,12 +466,7 @@ def _max_pool_gradient(window, strides, pads, x, y, g):
   winner = _first_maximum(_slices(padded, window, strides), y)
   zero = jnp.zeros((), g.dtype)
   if window == strides:
-    gradient = _spread(winner, g, window)
-    ends = [
-      (-low, size + low - spread)
-      for (low, _), size, spread in zip(pads, x.shape[1:3], gradient.shape[1:3], strict=True)
-    ]
-    return lax.pad(gradient, zero, ((0, 0, 0), *((*e, 0) for e in ends), (0, 0, 0)))
+    return _spread(winner, g, window, pads, x.shape[1:3])
   gradient = jnp.zeros(x.shape, g.dtype)
   for k in range(math.prod(window)):
     first = [offset - low for offset, (low, _) in zip(divmod(k, window[1]), pads, strict=True)]
@@ -488,9 +487,11 @@ def _first_maximum(values: Sequence[Array], maximum: Array) -> Array:
   return first
 
 
-def _spread(winner: Array, g: Array, window) -> Array:
-  """Puts each element of `g` at its place in its window of zeros."""
+def _spread(winner: Array, g: Array, window, pads, size) -> Array:
+  """Puts each element of `g` at its place in its window of zeros; windows tile padded images of a size."""
   batch, height, width, channels = g.shape
   place = jnp.arange(math.prod(window), dtype=winner.dtype).reshape(1, 1, window[0], 1, window[1], 1)
   spread = jnp.where(winner[:, :, None, :, None] == place, g[:, :, None, :, None], 0)
-  return spread.reshape(batch, height * window[0], width * window[1], channels)
+  spread = spread.reshape(batch, height * window[0], width * window[1], channels)
+  ends = [(-low, side + low - tiled, 0) for (low, _), side, tiled in zip(pads, size, spread.shape[1:3], strict=True)]
+  return lax.pad(spread, jnp.zeros((), g.dtype), ((0, 0, 0), *ends, (0, 0, 0)))

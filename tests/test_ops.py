@@ -153,6 +153,16 @@ def test_max_pool_is_that_of_flax(branch, shape, window, strides, padding):
   assert_same(*pools, jnp.concatenate([x, ties]), atol=1e-14)
 
 
+def convolutions_and_pools(strides=(1, 1), padding='SAME'):
+  def stock(x, kernel):
+    return nn.max_pool(lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC), (2, 2), (2, 2))
+
+  def fast(x, kernel):
+    return ops.conv_max_pool(x, kernel, strides, padding, dimension_numbers=NHWC)
+
+  return fast, stock
+
+
 @pytest.mark.parametrize(
   ('shape', 'kernel', 'strides', 'padding'),
   [
@@ -168,13 +178,7 @@ def test_max_pool_is_that_of_flax(branch, shape, window, strides, padding):
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 def test_convolution_and_pool_in_one_is_both(monkeypatch, backend, shape, kernel, strides, padding):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-
-  def stock(x, kernel):
-    return nn.max_pool(lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC), (2, 2), (2, 2))
-
-  def fast(x, kernel):
-    return ops.conv_max_pool(x, kernel, strides, padding, dimension_numbers=NHWC)
-
+  fast, stock = convolutions_and_pools(strides, padding)
   x, weights = normal(0, *shape), normal(1, *kernel)
   assert_same(fast, stock, x, weights)
   # Of whole numbers: nearly every window has several maxima.
@@ -185,23 +189,15 @@ def test_convolution_and_pool_in_one_has_a_second_gradient():
   x, kernel, direction = normal(0, 2, 6, 6, 2), normal(1, 3, 3, 2, 3), normal(2, 3, 3, 2, 3)
 
   def curvature(network):
-    slope = jax.grad(lambda k: (network(x, k, (1, 1), 'SAME', dimension_numbers=NHWC) ** 3).sum())
+    slope = jax.grad(lambda k: (network(x, k) ** 3).sum())
     return jax.grad(lambda k: jnp.vdot(slope(k), direction))(kernel)
 
-  def both(*arguments, **options):
-    return nn.max_pool(lax.conv_general_dilated(*arguments, **options), (2, 2), (2, 2))
-
-  np.testing.assert_allclose(curvature(ops.conv_max_pool), curvature(both), atol=1e-10)
+  np.testing.assert_allclose(*map(curvature, convolutions_and_pools()), atol=1e-10)
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('bfloat16', 0.04)])
 def test_convolution_and_pool_in_one_keeps_the_dtype(dtype, tolerance):
-  def stock(x, kernel):
-    return nn.max_pool(lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC), (2, 2), (2, 2))
-
-  def fast(x, kernel):
-    return ops.conv_max_pool(x, kernel, (1, 1), 'SAME', dimension_numbers=NHWC)
-
+  fast, stock = convolutions_and_pools()
   arguments = normal(0, 2, 8, 8, 3, dtype=dtype), normal(1, 3, 3, 3, 4, dtype=dtype)
   # Two places of a window that bfloat16 cannot tell apart may each win in one of the two: then a whole gradient moves.
   y = [np.asarray(f(*arguments), np.float64) for f in (fast, stock)]

@@ -7,6 +7,7 @@ start-up, compilation and the test are outside of it. The test is taken once a s
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import statistics
@@ -64,16 +65,18 @@ def main() -> None:
   dataset = load_dataset(config.data)
   runs: dict[str, list[dict[str, float]]] = {'ours': []}
   run_ours = _ours(config, dataset, 'validation' if args.select else 'test')
-  with tempfile.TemporaryDirectory() as directory:
-    peer = _peer(args.pytorch_python, config, dataset, pathlib.Path(directory)) if args.pytorch_python else None
+  with contextlib.ExitStack() as stack:
+    peer = None
+    if args.pytorch_python:
+      directory = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+      # Closed whatever happens: a process that is stopped does not see that nobody asks any more.
+      peer = stack.enter_context(contextlib.closing(_peer(args.pytorch_python, config, dataset, directory)))
     run_ours(0)  # compiles
     for seed in range(args.first_seed, args.first_seed + args.seeds):
       runs['ours'].append(run_ours(seed))
       if peer is not None:
         runs.setdefault('PyTorch', []).append(peer.ask(seed))
       print(json.dumps({'seed': seed} | {name: values[-1] for name, values in runs.items()}), flush=True)
-    if peer is not None:
-      peer.close()
   print('\n| | accuracy mean ± std | n | median s | min | max |\n| --- | --- | --- | --- | --- | --- |')
   for name, values in runs.items():
     accuracy, seconds = [v['accuracy'] for v in values], [v['seconds'] for v in values]
