@@ -1,8 +1,8 @@
 # `make train` and `make test` do all the set-up from a bare clone: a Python >= 3.11 and a package registry are enough.
-.PHONY: train test reproduce lint setup clean
+.PHONY: train test reproduce lint docs setup clean
 
-# The newest Python that runs, of those with a file in constraints/, else any from 3.11 on. A pyenv
-# shim that fails is not one; the versions that pyenv has installed are.
+# The newest working Python with a file in constraints/, otherwise any from 3.11 on. A pyenv shim may fail; the versions
+# that pyenv has installed work.
 PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do \
   for c in python$$v $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$v.*/bin/python 2>/dev/null | sort -rV); do \
     "$$c" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$c" && exit; \
@@ -14,7 +14,7 @@ train: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -n auto --dist loadfile --cov --cov-report=term $(ARGS)
 
-# A published result again, from several seeds: PASS, or how far off. The others take longer: make reproduce RESULT=mnist
+# Trains a published result again from several seeds: PASS, or the difference. Slower ones: make reproduce RESULT=mnist
 reproduce: .venv/installed
 	.venv/bin/python -m experiments.reproduce $(or $(RESULT),digits) $(ARGS)
 
@@ -23,9 +23,13 @@ lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+# The reference of all public functions, as HTML pages in build/docs.
+docs: .venv/installed
+	.venv/bin/pdoc --docformat google --output-directory build/docs cnn_jax
+
 setup: .venv/installed
 
-# Installed again whenever what it installs has changed.
+# Installed again if one of these files has changed.
 .venv/installed: pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON)" || { echo 'error: found no Python >= 3.11 that runs; install one, or name it: make PYTHON=/path/to/python' >&2; exit 2; }
 	@echo "Setting up .venv with $$($(PYTHON) --version); this takes a minute or two."

@@ -9,15 +9,23 @@ if TYPE_CHECKING:
 
   from cnn_jax.predict import Classifier
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 
 class UsageError(Exception):
-  """A mistake in a command, a config or the data that its owner can mend.
+  """A mistake in a command, a config or the data that the user can correct.
 
   Its message is one sentence: what was wrong, where, and what to do. Commands print it as
   one line on stderr and exit with status 2.
   """
+
+
+class Diverged(Exception):
+  """The loss of a step is not a finite number; the message names the step. Commands exit with status 3."""
+
+
+class Stopped(Exception):
+  """SIGTERM or Ctrl-C arrived; the state was saved at the step that the message names. Commands exit with status 143."""
 
 
 def load(workdir: str | os.PathLike, checkpoint: str = 'last', **options: Any) -> Classifier:
@@ -31,6 +39,6 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'last', **options: Any) -
   Raises:
     UsageError: there is no run, or no checkpoint that is whole.
   """
-  from cnn_jax import predict  # jax and flax, which importing cnn_jax alone should not wait for
+  from cnn_jax import predict, run  # jax and flax: `import cnn_jax` alone stays fast
 
-  return predict.Classifier(predict.evaluate.load_run(workdir, checkpoint), **options)
+  return predict.Classifier(run.load_run(workdir, checkpoint), **options)

@@ -1,42 +1,42 @@
-"""How far probabilities can be trusted: temperature scaling and expected calibration error.
+"""Calibration of probabilities: temperature scaling and expected calibration error.
 
-Both as in Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
+Both follow Guo et al. 2017, On Calibration of Modern Neural Networks (arXiv 1706.04599).
 """
 
 import numpy as np
+
+from cnn_jax import metrics
 
 _TEMPERATURES = (0.01, 100.0)
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-  """Probabilities of logits divided by a temperature.
+  """Computes the probabilities of logits divided by a temperature.
 
   Args:
     logits: float (n, num_classes).
-    temperature: > 0; above 1 the probabilities become less sure. The order of classes stays.
+    temperature: > 0; above 1 it makes the probabilities less confident. It does not change the order of the classes.
 
   Returns:
     float64 (n, num_classes); rows sum to 1.
   """
-  scaled = logits.astype(np.float64) / temperature
-  exponentials = np.exp(scaled - np.max(scaled, axis=1, keepdims=True))
-  return exponentials / np.sum(exponentials, axis=1, keepdims=True)
+  return np.exp(metrics.log_softmax(logits.astype(np.float64) / temperature))
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-  """The temperature T that makes softmax(logits / T) likeliest to have drawn the labels.
+  """Finds the temperature T that maximises the likelihood of the labels under softmax(logits / T).
 
-  The mean negative log-likelihood is convex in b = 1 / T, so its one minimum is where its
-  derivative, the mean of (expected logit under softmax(b logits)) - (logit of the label), is zero.
+  The mean negative log-likelihood is convex in b = 1 / T. Its minimum is where its derivative is zero: the mean of
+  (expected logit under softmax(b logits)) - (logit of the label).
 
   Args:
-    logits: float (n, num_classes) of examples that were not trained on, n >= 1: the validation
-      split, never the one that is reported.
+    logits: float (n, num_classes), n >= 1, of examples that were not trained on: the validation split, never the
+      split that is reported.
     labels: int (n,).
 
   Returns:
-    T in [0.01, 100]. Where every label has the largest logit the likelihood grows without end as
-    T falls: such examples say nothing about how often the model errs, and T is 1.
+    T in [0.01, 100]. If every label has the largest logit, the likelihood grows without bound as T falls. Such examples
+    contain no information about the rate of errors, and T is 1.
 
   Raises:
     ValueError: there are no examples.
@@ -44,15 +44,15 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
   from scipy.optimize import brentq
 
   if len(labels) == 0:
-    raise ValueError('the temperature of no examples')
+    raise ValueError('the temperature needs at least one example, but there are no examples')
   logits = logits.astype(np.float64)
-  of_label = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-  if np.all(np.sum(logits >= of_label[:, None], axis=1) == 1):
+  label_logits = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+  if np.all(np.sum(logits >= label_logits[:, None], axis=1) == 1):
     return 1.0
 
   def slope(inverse: float) -> float:
     expected = np.sum(softmax(logits, 1 / inverse) * logits, axis=1)
-    return float(np.mean(expected - of_label))
+    return float(np.mean(expected - label_logits))
 
   coldest, hottest = _TEMPERATURES
   if slope(1 / hottest) >= 0:
@@ -63,21 +63,21 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-  """The mean distance between confidence and accuracy over the bins of `reliability`, weighted by their counts.
+  """Computes the mean distance between confidence and accuracy over the bins of `reliability`, weighted by count.
 
   Args:
     probabilities: float (n, num_classes), n >= 1.
     labels: int (n,).
-    bins: how many.
+    bins: the number of bins.
 
   Returns:
-    In [0, 1]; 0 where, in every bin, the model is right as often as it says.
+    A number in [0, 1]; 0 if the accuracy equals the mean confidence in every bin.
 
   Raises:
     ValueError: there are no examples.
   """
   if len(labels) == 0:
-    raise ValueError('the calibration error of no examples')
+    raise ValueError('the calibration error needs at least one example, but there are no examples')
   confidence, accuracy, count = reliability(probabilities, labels, bins)
   full = count > 0
   return float(np.sum(count[full] * np.abs(accuracy[full] - confidence[full])) / np.sum(count))
@@ -86,15 +86,15 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
 def reliability(
   probabilities: np.ndarray, labels: np.ndarray, bins: int = 15
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Sorts examples by confidence, the probability of the class predicted, into bins of equal width.
+  """Groups examples by confidence, the probability of the predicted class, into bins of equal width.
 
   Args:
     probabilities: float (n, num_classes).
     labels: int (n,).
-    bins: how many. Bin i, from 0, holds the confidences in (i / bins, (i + 1) / bins].
+    bins: the number of bins. Bin i, counted from 0, holds the confidences in (i / bins, (i + 1) / bins].
 
   Returns:
-    Of each bin: mean confidence and accuracy, float64, NaN where it is empty; count, int64.
+    For each bin: mean confidence and accuracy, float64, NaN for an empty bin; count, int64.
   """
   predicted = np.argmax(probabilities, axis=1)
   confidence = np.max(probabilities, axis=1).astype(np.float64)

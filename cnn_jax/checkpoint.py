@@ -1,19 +1,17 @@
-"""Checkpoints: saved whole or not at all, verified when read, never silently skipped.
+"""Checkpoints: saved whole or not at all, verified when they are read, never skipped silently.
 
     checkpoints/<step>/state/...       the arrays, written by orbax
-                       info.json       numbers about the run at that step
+                       info.json       what is needed to read the run back, and numbers about it at that step
                        manifest.json   size and sha256 of every other file
 
-One process writes (it holds the lock of the workdir); any number may read at the same time.
+One process writes: the one that holds the lock of the workdir. Any number of processes may read at the same time.
 Everything is plain arrays and JSON: nothing is executed when a checkpoint is read.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -23,40 +21,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from cnn_jax import UsageError
+from cnn_jax import Diverged, UsageError, files
 
-# What 'best' means: the highest of these in `info`. Selection never looks at the test split.
+# 'best' is the checkpoint with the highest value of this in `info`. The test split plays no part in the selection.
 SCORE = 'validation_accuracy'
 
 
 class CheckpointError(UsageError):
-  """Checkpoints are there but none can be used; starting afresh over them is the user's decision."""
+  """Checkpoints exist but none can be used; only the user can decide to start again over them."""
 
 
 def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[str, Any], keep: int) -> None:
-  """Saves a checkpoint, then removes those that are no longer wanted.
+  """Saves a checkpoint, then removes those that are no longer needed.
 
-  A reader, or a process killed at any moment, finds the checkpoint complete or not at all. One of
-  the same step is replaced. Later steps are removed: `restore` had passed them over as damaged.
-  The newest `keep` stay, and the one with the highest `info['validation_accuracy']` (the earliest
-  of equals).
+  A reader, or a process killed at any moment, finds the checkpoint complete or not at all. A checkpoint of the same
+  step is replaced. Later ones are removed, since `restore` passed them over as damaged. The newest `keep` stay, and
+  the one with the highest `info['validation_accuracy']` (of equals, the earliest).
 
   Args:
-    directory: holds the checkpoints; made where it does not exist.
+    directory: holds the checkpoints; made if it does not exist.
     step: steps done, >= 0.
-    state: a pytree of arrays (any dtype, no empty ones), on devices or not; every array must be
-      whole in this process.
-    info: JSON values to read back beside the state.
-    keep: at least 1.
+    state: a pytree of arrays (any dtype, not empty), on devices or not; every array must be whole in this process.
+      Its fields `step`, `params`, `batch_stats` and `ema` are checked if it has them.
+    info: JSON values that `restore` returns beside the state.
+    keep: how many of the newest to keep, at least 1.
 
   Raises:
-    UsageError: the storage is full or cannot be written; what was there before stays.
+    UsageError: the disk is full or cannot be written; earlier checkpoints stay.
+    Diverged: a parameter, a running statistic or an average is not finite; nothing is saved.
   """
   directory = Path(directory).absolute()
   arrays = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(state)))
+  _check_state(arrays, step)
   temporary, target, replaced = directory / f'.tmp-{step}', directory / str(step), directory / f'.old-{step}'
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -69,17 +69,17 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
       (temporary / 'manifest.json').write_text(json.dumps(manifest, indent=2, sort_keys=True) + '\n')
       _sync_tree(temporary)
     except OSError:
-      shutil.rmtree(temporary, ignore_errors=True)  # gives the space back to the rest of the run
+      shutil.rmtree(temporary, ignore_errors=True)  # frees the space for the rest of the run
       raise
-    if target.exists():  # a directory cannot be renamed over a full one; `.old-` counts until the next line is done
+    if target.exists():  # a directory cannot replace a full one in one step; until the next line, `.old-` counts
       target.rename(replaced)
     temporary.rename(target)
-    _sync(directory)
+    files.sync(directory)
     _prune(directory, step, keep)
   except OSError as error:
     reason = os.strerror(error.errno) if error.errno else str(error)
     raise UsageError(
-      f'cannot save the checkpoint of step {step} in {directory}: {reason}; mend that or choose another --workdir.'
+      f'cannot save the checkpoint of step {step} in {directory}: {reason}; correct that or use another --workdir.'
     ) from error
 
 
@@ -87,26 +87,25 @@ def restore(
   directory: str | os.PathLike,
   template: Any = None,
   *,
-  which: str | int = 'last',
+  which: str = 'last',
   warn: Callable[[str], None] = lambda message: print(f'warning: {message}', file=sys.stderr),
 ) -> tuple[Any, int, dict[str, Any]] | None:
-  """Reads a checkpoint after comparing every file with its manifest.
+  """Reads a checkpoint after comparing every file with the manifest.
 
   Args:
-    directory: as given to `save`.
-    template: a tree like the saved state, of arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape`
-      makes one). Without it the state comes as nested dicts, tuples and the like as dicts too.
-    which: 'last'; 'best' on validation; or a step. A damaged one is passed over with a warning for
-      the next best or the one before; not so a step asked for by number.
-    warn: called with one line for each checkpoint passed over.
+    directory: the one given to `save`.
+    template: a tree like the saved state, of arrays or `jax.ShapeDtypeStruct`s (`jax.eval_shape` makes one). Without
+      it the state is returned as nested dicts; tuples and dataclasses become dicts as well.
+    which: last, or best on validation. A damaged checkpoint is passed over with a warning, and the one before, or the
+      next best, is used.
+    warn: called with one line for each checkpoint that is passed over.
 
   Returns:
-    (state, step, info), the state's arrays bit for bit as saved, as NumPy arrays that the caller
-    places on its devices; or None where there is no checkpoint at all.
+    (state, step, info), the arrays of the state as NumPy arrays, bit for bit as saved; None if there is no checkpoint.
 
   Raises:
-    CheckpointError: all are damaged, the step asked for is missing or damaged, or the state is not
-      like the template.
+    CheckpointError: all checkpoints are damaged, or the state does not match the template.
+    UsageError: `which` is something else.
   """
   directory = Path(directory).absolute()
   found = _checkpoints(directory)
@@ -117,31 +116,38 @@ def restore(
     try:
       _verify(found[step], step)
       arrays = _read_arrays(found[step] / 'state')
-      info = json.loads((found[step] / 'info.json').read_text())
+      info = _read_json(found[step] / 'info.json')
     except _DamagedError as damage:
-      if not found[step].exists():  # a run that is training now has just removed it; look again
+      if not found[step].exists():  # a training run has just removed it; look again
         return restore(directory, template, which=which, warn=warn)
       damages.append(f'{found[step]} is damaged ({damage})')
-      if isinstance(which, str) and len(damages) < len(found):
+      if len(damages) < len(found):
         warn(f'checkpoint {damages[-1]}; trying the one before it.')
       continue
     return (arrays if template is None else _fill(template, arrays, found[step])), step, info
-  if len(damages) < len(found):
-    others = ', '.join(str(step) for step in found if step != which)
-    raise CheckpointError(f'checkpoint {damages[0]}; ask for another step: {others}.')
   raise CheckpointError(
-    f'all checkpoints are damaged, the last because {damages[0]}; put back a copy of {directory}, '
+    f'all checkpoints are damaged, the last because {damages[0]}; restore a copy of {directory}, '
     'or remove it to start again from step 0.'
   )
 
 
-def steps(directory: str | os.PathLike) -> list[int]:
-  """The steps that have a checkpoint, damaged or not, in ascending order."""
-  return list(_checkpoints(Path(directory).absolute()))
-
-
 class _DamagedError(Exception):
-  """Says which file of a checkpoint is not as it was written."""
+  """Names the file of a checkpoint that is not as it was written."""
+
+
+def _check_state(arrays: Any, step: int) -> None:
+  """Checks the number of the step, and that what is used for prediction is finite."""
+  fields = arrays if isinstance(arrays, dict) else {}
+  if 'step' in fields and int(fields['step']) != step:
+    raise AssertionError(f'the checkpoint is saved as step {step}, but the state has made {fields["step"]} steps')
+  checked = {name: fields.get(name) for name in ('params', 'batch_stats', 'ema')}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(checked):
+    if jnp.issubdtype(leaf.dtype, jnp.inexact) and not np.all(np.isfinite(leaf)):
+      raise Diverged(
+        f'{"/".join(str(key.key) for key in path)} is not finite after step {step:,}, so that nothing was saved; '
+        'lower config.optimizer.learning_rate, lengthen config.schedule.warmup_epochs or set '
+        'config.optimizer.clip_norm, and use another --workdir.'
+      )
 
 
 def _checkpoints(directory: Path) -> dict[int, Path]:
@@ -151,44 +157,49 @@ def _checkpoints(directory: Path) -> dict[int, Path]:
     return {}
   except OSError as error:
     raise CheckpointError(f'cannot read the checkpoints in {directory}: {error.strerror}; make it readable.') from error
-  found = {int(name[5:]): directory / name for name in names if re.fullmatch(r'\.old-\d+', name)}
-  found |= {int(name): directory / name for name in names if re.fullmatch(r'\d+', name)}
+  found = {int(name[5:]): directory / name for name in names if re.fullmatch(r'\.old-[0-9]+', name)}
+  found |= {int(name): directory / name for name in names if re.fullmatch(r'[0-9]+', name)}
   return dict(sorted(found.items()))
 
 
-def _candidates(found: dict[int, Path], which: str | int, directory: Path, warn: Callable[[str], None]) -> list[int]:
+def _candidates(found: dict[int, Path], which: str, directory: Path, warn: Callable[[str], None]) -> list[int]:
+  if which not in ('last', 'best'):
+    raise UsageError(f'the checkpoint to read is {which!r}; it must be last or best.')
   newest_first = sorted(found, reverse=True)
   if which == 'last':
     return newest_first
-  if which == 'best':
-    scores = {step: score for step, path in found.items() if (score := _score(path)) is not None}
-    scored = sorted(scores, key=lambda step: (-scores[step], step))
-    if not scored:
-      warn(f'no checkpoint in {directory} has a {SCORE}; taking the last as the best.')
-    return scored + [step for step in newest_first if step not in scored]
-  if which not in found:
-    raise CheckpointError(f'{directory} has no checkpoint of step {which}; it has: {", ".join(map(str, found))}.')
-  return [which]
+  scores = {step: score for step, path in found.items() if (score := _score(path)) is not None}
+  scored = sorted(scores, key=lambda step: (-scores[step], step))
+  if not scored:
+    warn(f'no checkpoint in {directory} has a {SCORE}; using the last as the best.')
+  return scored + [step for step in newest_first if step not in scored]
 
 
 def _score(path: Path) -> float | None:
   try:
-    score = json.loads((path / 'info.json').read_text()).get(SCORE)
-  except (OSError, ValueError, AttributeError):
+    score = _read_json(path / 'info.json').get(SCORE)
+  except _DamagedError:
     return None
-  return score if isinstance(score, int | float) and math.isfinite(score) else None
+  return score if isinstance(score, int | float) and 0 <= score <= 1 else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    value = files.read_json(path)
+  except UsageError as error:
+    raise _DamagedError(str(error).partition(';')[0]) from error  # without the advice
+  if value is None:
+    raise _DamagedError(f'{path.name} is missing')
+  return value
 
 
 def _verify(path: Path, step: int) -> None:
-  try:
-    manifest = json.loads((path / 'manifest.json').read_text())
-    saved_step, listed = manifest['step'], dict(manifest['files'])
-  except OSError as error:
-    raise _DamagedError(f'manifest.json: {error.strerror}') from error
-  except (ValueError, KeyError, TypeError) as error:
-    raise _DamagedError('manifest.json is not readable') from error
-  if saved_step != step:
-    raise _DamagedError(f'manifest.json is of step {saved_step}')
+  manifest = _read_json(path / 'manifest.json')
+  listed = manifest.get('files')
+  if not isinstance(listed, dict):
+    raise _DamagedError('manifest.json lists no files')
+  if manifest.get('step') != step:
+    raise _DamagedError(f'manifest.json is of step {manifest.get("step")}')
   present = _files(path)
   for name in sorted({*listed, *present} - {'manifest.json'}):
     if name not in present:
@@ -208,23 +219,23 @@ def _files(path: Path) -> list[str]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-  with path.open('rb') as file:
+  with files.open_regular(path) as file:
     return {'sha256': hashlib.file_digest(file, 'sha256').hexdigest(), 'bytes': file.tell()}
 
 
 def _write_arrays(path: Path, arrays: Any) -> None:
-  import orbax.checkpoint as ocp  # 0.6 s, so only where it is needed
+  import orbax.checkpoint as ocp  # takes 0.6 s, so only if it is needed
   from etils import epath
 
-  # The handler alone: orbax's Checkpointer adds a rename and a metadata file of its own (and 50 ms).
+  # The handler alone, because orbax's Checkpointer adds a rename, a metadata file and 50 ms.
   handler = ocp.PyTreeCheckpointHandler()
   path.mkdir()
   with _quiet():
     try:
-      # Wrapped, because orbax refuses a tree that is empty at the top.
+      # In a dict, because orbax refuses an empty tree.
       handler.save(epath.Path(path), args=ocp.args.PyTreeSave({'state': arrays}))
       handler.finalize(epath.Path(path))
-    except ValueError as error:  # TensorStore's form of a failed write
+    except ValueError as error:  # how TensorStore reports a failed write
       code = re.search(r"os_error_code='(\d+)'", str(error))
       if code is None:
         raise
@@ -241,15 +252,16 @@ def _read_arrays(path: Path) -> Any:
   with _quiet():
     try:
       return handler.restore(epath.Path(path), args=ocp.args.PyTreeRestore())['state']
-    except Exception as error:  # the files are as written, so this orbax cannot read what another one wrote
-      raise _DamagedError(f'orbax {ocp.__version__} cannot read it: {str(error).splitlines()[0]}') from error
+    except Exception as error:  # the files are as written, so this version of orbax cannot read another one's
+      reason = next(iter(str(error).splitlines()), type(error).__name__)
+      raise _DamagedError(f'orbax {ocp.__version__} cannot read it: {reason}') from error
     finally:
       handler.close()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  # Orbax logs the traceback of every thread that a full disk stops; the exception says it once.
+  # If the disk is full, orbax logs a traceback per thread; the exception reports it once.
   logger = logging.getLogger('absl')
   level = logger.level
   logger.setLevel(logging.CRITICAL)
@@ -264,7 +276,7 @@ def _fill(template: Any, arrays: Any, path: Path) -> Any:
   for name in sorted({*expected, *saved}):
     if expected.get(name) != saved.get(name):
       raise CheckpointError(
-        f'checkpoint {path} does not fit this model and optimizer: {name or "the state"} is '
+        f'checkpoint {path} does not match this model and optimizer: {name or "the state"} is '
         f'{saved.get(name, "missing")} there and {expected.get(name, "missing")} here; use another --workdir.'
       )
   return serialization.from_state_dict(template, arrays)
@@ -279,7 +291,7 @@ def _describe(tree: Any) -> dict[str, str]:
 
 
 def _clean(directory: Path) -> None:
-  # What a killed process left. The writer is alone, so nobody is using these.
+  # A killed process left these. There is one writer, so they are not in use.
   for path in directory.glob('.tmp-*'):
     shutil.rmtree(path)
   for path in directory.glob('.old-*'):
@@ -297,23 +309,12 @@ def _prune(directory: Path, step: int, keep: int) -> None:
   best = max(scores, key=lambda other: (scores[other], -other), default=step)
   for other, path in found.items():
     if path.name.startswith('.') or other not in {*kept[-keep:], best}:
-      path.rename(directory / f'.tmp-{other}')  # first out of sight: a half-removed one would look damaged
+      path.rename(directory / f'.tmp-{other}')  # hidden first, because a half-removed one would count as damaged
   for path in [*directory.glob('.old-*'), *directory.glob('.tmp-*')]:
     shutil.rmtree(path)
 
 
 def _sync_tree(path: Path) -> None:
   for file in path.rglob('*'):
-    _sync(file)
-  _sync(path)
-
-
-def _sync(path: Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  except OSError as error:
-    if error.errno != errno.EINVAL:  # a file system that cannot sync directories
-      raise
-  finally:
-    os.close(descriptor)
+    files.sync(file)
+  files.sync(path)

@@ -1,27 +1,37 @@
-"""Every field of an experiment, and the checks that make a wrong one an error before anything slow starts."""
+"""The fields of an experiment, config files and overrides, and the checks that run before anything slow starts."""
 
 import difflib
+import importlib.util
 import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from cnn_jax import UsageError
+from cnn_jax import UsageError, models
 
 
-def default_config() -> ConfigDict:
+def default_config(model: str = 'cnn') -> ConfigDict:
   """The base that every file in `configs/` starts from: all fields, each read by something.
+
+  Args:
+    model: the network, whose fields are the section `model`; see `cnn_jax.models`.
 
   Returns:
     A locked `ConfigDict`: setting a field that is not here is an error.
+
+  Raises:
+    UsageError: there is no such network.
   """
   config = ConfigDict()
   config.seed = 0  # of initialisation, order, augmentation and dropout
-  config.seeds = 1  # so many runs, one after another, from `seed`, `seed` + 1, ...
+  config.seeds = 1  # how many runs, one after another, from `seed`, `seed` + 1, ...
   config.batch_size = 128  # images per step over all devices of all processes
   config.epochs = 12  # passes over the training split
   config.init_from = ''  # workdir of a run whose weights to start from: fine-tuning
-  config.min_steps = 0  # at least so many steps: a set too small for `epochs` gets more of them
+  config.min_steps = 0  # at least this many steps: a small set gets more epochs than `epochs`
 
   config.data = data = ConfigDict()
   data.source = 'auto'  # tfds | folder | bundled | auto (prepared TFDS set, else bundled)
@@ -31,14 +41,14 @@ def default_config() -> ConfigDict:
   data.channels = 0  # 1 grey, 3 RGB (0: as the set has it)
   data.resize = 'crop'  # other sizes: crop (shorter side, centre) | pad (letterbox) | stretch
   data.validation = 0.1  # part of train held out for selection
-  data.test = 0.1  # part held out for the test where the set has no test split of its own
-  data.split_seed = 0  # of the rule that carves them out; not `seed`, so seeds share a split
+  data.test = 0.1  # part held out for the test if the set has no test split of its own
+  data.split_seed = 0  # of the rule that carves them out; not `seed`, so that all seeds share a split
 
   config.augment = augment = ConfigDict()
-  augment.shift = 0  # random translation by up to so many pixels each way
-  augment.padding = 'constant'  # what comes in from outside: constant (the corner's level) | reflect
+  augment.shift = 0  # random translation by up to this many pixels each way
+  augment.padding = 'constant'  # of the pixels that move in: constant (the level of the corners) | reflect
   augment.flip = False  # mirror left-right with probability 1/2
-  augment.rotate = 0.0  # random rotation by up to so many degrees each way
+  augment.rotate = 0.0  # random rotation by up to this many degrees each way
   augment.scale = 0.0  # random zoom by a factor in [1 - scale, 1 + scale]
   augment.erase = 0.0  # probability of erasing a random rectangle
   augment.brightness = 0.0  # add a uniform number in [-b, b], of the range [0, 1]
@@ -46,21 +56,7 @@ def default_config() -> ConfigDict:
   augment.mixup = 0.0  # alpha of mixup's Beta(alpha, alpha); 0: off
   augment.cutmix = 0.0  # alpha of CutMix's Beta(alpha, alpha); 0: off
 
-  config.model = model = ConfigDict()
-  model.features = (32, 64, 128)  # channels of each block
-  model.convs_per_block = 1
-  model.kernel_size = 3
-  model.stride = 1  # of the first convolution of every block after the first
-  model.pool = 'max'  # 2x2 at the end of every block but the last: max | avg | none
-  model.norm = 'batch'  # batch | group | none
-  model.norm_momentum = 0.9  # of the running statistics of batch norm
-  model.activation = 'relu'  # relu | gelu | silu
-  model.dropout = 0.0  # probability, before the head
-  model.residual = False  # add each block's input to its output
-  model.aggregate = 'gap'  # gap (global average pooling) | flatten
-  model.head = 'dense'  # dense | conv1x1
-  model.frozen_blocks = 0  # so many first blocks stay as they are; for fine-tuning
-  model.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
+  config.model = models.default_config(model)  # the fields of the network; see its file in cnn_jax/models/
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.name = 'sgd'  # sgd | adamw | lion | muon
@@ -81,46 +77,152 @@ def default_config() -> ConfigDict:
 
   config.evaluation = evaluation = ConfigDict()
   evaluation.batch_size = 1000  # images per call over all devices
-  evaluation.every_epochs = 1  # validate so often, and always after the last epoch
+  evaluation.every_epochs = 1  # epochs between validations; the last epoch always ends with one
   evaluation.ema_decay = 0.0  # evaluate an exponential average of parameters and statistics; 0: off
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every_epochs = 1
   checkpoint.every_minutes = 10.0  # and inside long epochs
-  checkpoint.keep = 2  # newest ones kept, beside the best on validation
+  checkpoint.keep = 2  # how many of the newest to keep, beside the best on validation
 
   config.log = log = ConfigDict()
-  log.every_steps = 25  # steps per line of metrics.jsonl, and per compiled call on the CPU
+  log.every_steps = 25  # steps per line of metrics.jsonl
   log.tensorboard = True
-  log.report = True  # write report.html at the end, where one process trains alone
+  log.trackers = ()  # experiment trackers that get the same numbers: wandb | mlflow
+  log.report = True  # write report.html at the end, if one process trains alone
   return config.lock()
 
 
-_CHOICES = {
+# The values that fields may have: one of several; or, for each number, positive (greater than zero), below one, or at
+# most one. All numbers are finite and not negative. The rules of the section `model` are in the file of the network.
+RULES: dict[str, Any] = {
+  'seeds': 'positive',
+  'batch_size': 'positive',
+  'epochs': 'positive',
   'data.source': ('auto', 'tfds', 'folder', 'bundled'),
   'data.resize': ('crop', 'pad', 'stretch'),
   'data.channels': (0, 1, 3),
+  'data.validation': 'below one',
+  'data.test': 'below one',
   'augment.padding': ('constant', 'reflect'),
-  'model.pool': ('max', 'avg', 'none'),
-  'model.norm': ('batch', 'group', 'none'),
-  'model.activation': ('relu', 'gelu', 'silu'),
-  'model.aggregate': ('gap', 'flatten'),
-  'model.head': ('dense', 'conv1x1'),
-  'model.dtype': ('float32', 'bfloat16'),
+  'augment.scale': 'below one',
+  'augment.erase': 'at most one',
+  'augment.brightness': 'below one',
+  'augment.contrast': 'below one',
   'optimizer.name': ('sgd', 'adamw', 'lion', 'muon'),
+  'optimizer.learning_rate': 'positive',
+  'optimizer.momentum': 'below one',
+  'optimizer.b2': 'below one',
   'schedule.name': ('constant', 'cosine', 'one_cycle', 'linear'),
+  'loss.label_smoothing': 'below one',
+  'evaluation.batch_size': 'positive',
+  'evaluation.every_epochs': 'positive',
+  'evaluation.ema_decay': 'below one',
+  'checkpoint.every_epochs': 'positive',
+  'checkpoint.every_minutes': 'positive',
+  'checkpoint.keep': 'positive',
+  'log.every_steps': 'positive',
 }
+TRACKERS = ('wandb', 'mlflow')
 
-_POSITIVE = (
-  'seeds', 'batch_size', 'epochs', 'model.convs_per_block', 'model.kernel_size', 'model.stride',
-  'optimizer.learning_rate', 'evaluation.batch_size', 'evaluation.every_epochs',
-  'checkpoint.every_epochs', 'checkpoint.every_minutes', 'checkpoint.keep', 'log.every_steps',
-)  # fmt: skip
+# Names that fields had in version 0.1, which wrote them into config.json.
+_RENAMED = {'model.frozen_blocks': 'model.frozen_stages'}
 
-_BELOW_ONE = (
-  'data.validation', 'data.test', 'augment.scale', 'augment.contrast', 'augment.brightness', 'model.dropout',
-  'model.norm_momentum', 'optimizer.momentum', 'optimizer.b2', 'loss.label_smoothing', 'evaluation.ema_decay',
-)  # fmt: skip
+
+def load(path: str, arguments: Sequence[str] = ()) -> ConfigDict:
+  """Reads a config file, which is Python and is executed, and applies overrides.
+
+  Args:
+    path: of the file, which defines `get_config()`. `FILE:NAME` calls `get_config('NAME')`, a variant of the experiment.
+    arguments: `--config.FIELD=VALUE`, or the same as two arguments. Of several for one field, the last one counts.
+      `--config.model.name=NAME` replaces the section `model` by the defaults of another network.
+
+  Returns:
+    The config, checked and locked.
+
+  Raises:
+    UsageError: the file is missing or fails, an argument is not an override, or a field or its value is wrong.
+  """
+  file, _, variant = path.partition(':')
+  if not pathlib.Path(file).is_file():
+    raise UsageError(f'there is no config file {file}; those that come with the project are in configs/.')
+  try:
+    spec = importlib.util.spec_from_file_location('cnn_jax_config_file', file)
+    assert spec is not None and spec.loader is not None, 'it does not end in .py'
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant) if variant else module.get_config()
+    if not isinstance(config, ConfigDict):
+      raise TypeError(f'get_config() returned a {type(config).__name__}; it must return a ConfigDict')
+    return override(config, arguments)
+  except UsageError as error:
+    raise UsageError(f'{path}: {error}') from error
+  except Exception as error:  # whatever a config file raises is a mistake in that file
+    raise UsageError(f'{path}: {type(error).__name__}: {error}') from error
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+  """A checked copy of a config with some fields set by arguments; see `load`."""
+  by_field: dict[str, str] = {}
+  rest = list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith(('--config.', '--noconfig.')):
+      raise UsageError(f'{argument!r} is not an argument; see --help. A field is set by --config.NAME=VALUE.')
+    flag, equals, _ = argument.partition('=')
+    if not equals and rest and not rest[0].startswith('--'):
+      argument = f'{flag}={rest.pop(0)}'
+    by_field[flag.removeprefix('--no').removeprefix('--').removeprefix('config.')] = argument
+  made = _with_network(config, by_field.pop('model.name', '').partition('=')[2])
+  argv, values = ['cnn_jax', *by_field.values()], flags.FlagValues()
+  try:
+    holder = config_flags.DEFINE_config_dict('config', made, flag_values=values, sys_argv=argv)
+    values(argv)
+    made = holder.value
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    # The message of ml_collections names the field and the field whose name is most similar.
+    cause = error.__cause__ or error
+    raise UsageError(str(cause.args[0] if cause.args else cause)) from error
+  check(made)
+  return made
+
+
+def vary(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+  """A checked copy of a config with some fields set, given as {'model.features': (32, 64)}.
+
+  Raises:
+    UsageError: names the field that is wrong.
+  """
+  made = _with_network(config, fields.get('model.name', ''))
+  for field, value in fields.items():
+    try:
+      made.update_from_flattened_dict({field: value})
+    except (KeyError, TypeError, ValueError) as error:
+      raise UsageError(f'config.{field}: {error.args[0]}') from error
+  check(made)
+  return made
+
+
+def from_record(values: Mapping[str, Any]) -> ConfigDict:
+  """The config that a workdir holds, complete; a field that is newer than the run has its default.
+
+  Args:
+    values: the contents of config.json, which an earlier version may have written.
+
+  Raises:
+    UsageError: a section is not an object, or there is no such network.
+  """
+  for section, default in default_config().items():
+    if isinstance(default, ConfigDict) and not isinstance(values.get(section, {}), Mapping):
+      raise UsageError(f'config.{section} is {values[section]!r}; it must be an object.')
+  values = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+  for old, new in _RENAMED.items():
+    section, _, field = old.partition('.')
+    if field in values.get(section, {}):
+      values[section][new.partition('.')[2]] = values[section].pop(field)
+  # Version 0.1 had one network and did not name it.
+  base = default_config(values.get('model', {}).get('name', 'cnn')).to_dict()
+  return ConfigDict(_overlay(base, values))
 
 
 def check(config: ConfigDict) -> None:
@@ -130,39 +232,55 @@ def check(config: ConfigDict) -> None:
     config: what a config file and the command line made.
 
   Raises:
-    UsageError: names the first field that is unknown (and its nearest neighbour), missing, of
+    UsageError: names the first field that is unknown (and the field whose name is most similar), missing, of
       another type than the base's, or impossible.
   """
-  base = default_config()
-  _check_fields(config, base, '')
-  for field, choices in _CHOICES.items():
-    if _get(config, field) not in choices:
-      names = ', '.join(str(choice) for choice in choices)
-      raise UsageError(f'config.{field} is {_get(config, field)!r}; it must be one of: {names}.')
-  for field, value in _leaves(config):
-    if isinstance(value, float) and not math.isfinite(value):
-      raise UsageError(f'config.{field} is {value}; it must be a finite number.')
-    if field in _POSITIVE and value <= 0:
-      raise UsageError(f'config.{field} is {value}; it must be greater than zero.')
-    if isinstance(value, int | float) and value < 0:
-      raise UsageError(f'config.{field} is {value}; it must not be negative.')
-    if field in _BELOW_ONE and value >= 1:
-      raise UsageError(f'config.{field} is {value}; it must be less than 1.')
-  if config.augment.erase > 1:
-    raise UsageError(f'config.augment.erase is {config.augment.erase}; a probability is at most 1.')
-  if not config.model.features or any(not isinstance(f, int) or f <= 0 for f in config.model.features):
+  model = config.get('model')
+  name = model.get('name') if isinstance(model, ConfigDict) else None
+  _check_fields(config, default_config(name if isinstance(name, str) else 'cnn'), '')
+  rules = RULES | {f'model.{field}': rule for field, rule in models.rules(config.model.name).items()}
+  for field, value in leaves(config):
+    _check_value(f'config.{field}', value, rules.get(field))
+  for tracker in config.log.trackers:
+    if tracker not in TRACKERS:
+      raise UsageError(f'config.log.trackers holds {tracker!r}; the trackers are: {", ".join(TRACKERS)}.')
+  if not config.min_steps:  # otherwise the number of epochs depends on the data; see `check_data`
+    _check_warmup(config, config.epochs)
+
+
+def _check_value(field: str, value: Any, rule: tuple | str | None) -> None:
+  several = isinstance(value, tuple | list)
+  numbers = [x for x in (value if several else [value]) if isinstance(x, int | float) and not isinstance(x, bool)]
+  if any(not math.isfinite(number) for number in numbers):
+    raise UsageError(f'{field} is {value}; it must be a finite number.')
+  if any(number < 0 for number in numbers):
+    raise UsageError(f'{field} is {value}; it must not be negative.')
+  if isinstance(rule, tuple) and value not in rule:
+    raise UsageError(f'{field} is {value!r}; it must be one of: {", ".join(map(str, rule))}.')
+  if rule == 'positive' and several and (not value or any(type(x) is not int or x <= 0 for x in value)):
+    raise UsageError(f'{field} is {tuple(value)}; give one or more whole numbers greater than zero, such as (32, 64).')
+  if rule == 'positive' and any(number <= 0 for number in numbers):
+    raise UsageError(f'{field} is {value}; it must be greater than zero.')
+  if rule == 'below one' and any(number >= 1 for number in numbers):
+    raise UsageError(f'{field} is {value}; it must be less than 1.')
+  if rule == 'at most one' and any(number > 1 for number in numbers):
+    raise UsageError(f'{field} is {value}; a probability is at most 1.')
+
+
+def _check_warmup(config: ConfigDict, epochs: int) -> None:
+  if config.schedule.name != 'constant' and config.schedule.warmup_epochs >= epochs:
     raise UsageError(
-      f'config.model.features is {tuple(config.model.features)}; give the channels of each block, such as (32, 64).'
-    )
-  if config.model.frozen_blocks > len(config.model.features):
-    raise UsageError(
-      f'config.model.frozen_blocks is {config.model.frozen_blocks} but there are {len(config.model.features)} blocks.'
-    )
-  if config.schedule.warmup_epochs >= config.epochs and config.schedule.name != 'constant':
-    raise UsageError(
-      f'config.schedule.warmup_epochs is {config.schedule.warmup_epochs} of {config.epochs} epochs; '
+      f'config.schedule.warmup_epochs is {config.schedule.warmup_epochs} of {epochs} epochs; '
       'the warm-up must end before the training does.'
     )
+
+
+def _with_network(config: ConfigDict, name: str) -> ConfigDict:
+  """A locked copy of a config, with the defaults of another network if a name is given that is not the config's."""
+  made = config.copy_and_resolve_references()
+  if name and name != config.model.name:
+    made = ConfigDict(made.to_dict() | {'model': models.default_config(name).to_dict()})
+  return made.lock()
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -180,66 +298,70 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     )
 
 
-def check_data(config: ConfigDict, num_train: int, height: int, width: int) -> None:
-  """Checks a config against the shape of the data it is to train on.
+def check_data(config: ConfigDict, num_train: int, num_classes: int, image_shape: Sequence[int]) -> None:
+  """Checks a config against the data that it is to train on.
 
   Args:
     num_train: training images.
-    height, width: of an image, in pixels.
+    num_classes: classes of the data.
+    image_shape: (height, width, channels).
 
   Raises:
-    UsageError: a batch larger than the split, a shift larger than the image, or more 2x2
-      poolings and strides than the image has pixels for.
+    UsageError: a batch larger than the split, a shift larger than the image, a warm-up as long as the training, or
+      images too small for the network.
   """
   if config.batch_size > num_train:
     raise UsageError(
       f'config.batch_size is {config.batch_size} but there are {num_train} training images; make it at most {num_train}.'
     )
+  height, width = image_shape[:2]
   side = min(height, width)
   if config.augment.shift >= side:
     raise UsageError(
       f'config.augment.shift is {config.augment.shift} but images are {height}x{width} pixels; make it less than {side}.'
     )
-  reduction = (2 if config.model.pool != 'none' else 1) * config.model.stride
-  blocks = len(config.model.features)
-  if side < reduction ** (blocks - 1):
-    raise UsageError(
-      f'config.model.features has {blocks} blocks, which need images of at least {reduction ** (blocks - 1)} pixels '
-      f'a side, but these have {height}x{width}; use fewer blocks or a larger config.data.image_size.'
-    )
+  _check_warmup(config, num_epochs(config, num_train))
+  models.check_images(config.model, num_classes, image_shape)
 
 
 def steps_per_epoch(config: ConfigDict, num_train: int) -> int:
-  """Steps of one epoch: floor(num_train / batch_size); the remainder sits out, another one each epoch."""
+  """Steps of one epoch: floor(num_train / batch_size); the remainder, a different one in each epoch, is left out."""
   return num_train // config.batch_size
 
 
 def num_epochs(config: ConfigDict, num_train: int) -> int:
-  """Epochs of a run: `config.epochs`, or as many more as `config.min_steps` asks for."""
+  """Epochs of a run: `config.epochs`, or more of them if `config.min_steps` needs it."""
   return max(config.epochs, -(-config.min_steps // steps_per_epoch(config, num_train)))
 
 
-def _leaves(config: ConfigDict, prefix: str = '') -> list[tuple[str, Any]]:
-  leaves = []
+def leaves(config: Mapping[str, Any] | ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  """The fields of a config or of a nested dict, as ('model.features', value)."""
   for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      leaves += _leaves(value, f'{prefix}{name}.')
+    if isinstance(value, Mapping | ConfigDict):
+      yield from leaves(value, f'{prefix}{name}.')
     else:
-      leaves.append((prefix + name, value))
-  return leaves
+      yield prefix + name, value
 
 
-def _get(config: ConfigDict, field: str) -> Any:
-  for name in field.split('.'):
-    config = config[name]
-  return config
+def _overlay(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  merged = dict(base)
+  for name, value in values.items():
+    if isinstance(value, Mapping) and isinstance(base.get(name, {}), Mapping):
+      merged[name] = _overlay(base.get(name, {}), value)
+    else:
+      merged[name] = tuple(value) if isinstance(value, list) else value
+  return merged
 
 
 def _check_fields(config: ConfigDict, base: ConfigDict, prefix: str) -> None:
   for name in config:
     if name not in base:
       near = difflib.get_close_matches(name, base.keys(), 1, 0.5)
-      hint = f'did you mean config.{prefix}{near[0]}?' if near else 'the fields are in cnn_jax/config.py.'
+      hint = (
+        f'did you mean config.{prefix}{near[0]}?'
+        if near
+        else "the fields are in cnn_jax/config.py and in the network's file."
+      )
       raise UsageError(f'config.{prefix}{name} is not a field; {hint}')
   for name, default in base.items():
     if name not in config:

@@ -1,25 +1,30 @@
-"""Losses, and metrics that are sums and counts until they are divided once."""
+"""Losses and metrics. A metric is a sum and a count, divided once at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from cnn_jax import Diverged
+
 
 def smooth_labels(labels_one_hot: jax.Array, smoothing: float) -> jax.Array:
-  """Moves a share of the probability to all classes alike (Szegedy et al. 2016, section 7).
+  """Spreads a share of the probability evenly over all classes (Szegedy et al. 2016, section 7).
 
   Args:
     labels_one_hot: float (batch, num_classes).
     smoothing: the share, in [0, 1).
+
+  Returns:
+    float (batch, num_classes); rows have the same sums as before.
   """
   return labels_one_hot * (1 - smoothing) + smoothing / labels_one_hot.shape[-1]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Cross-entropy of each example in nats.
+  """Computes the cross-entropy of each example in nats.
 
   Args:
     logits: float (batch, num_classes).
@@ -32,13 +37,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def training_sums(losses: jax.Array, logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-  """Sums over a batch, to be added over devices and steps and divided once by `count`.
+  """Computes sums over a batch. Add them over devices and steps, then divide once by `count`.
 
   Args:
     losses: float (batch,).
     logits: float (batch, num_classes).
-    labels: probabilities (batch, num_classes); an example counts as right where the most
-      probable class is that of its largest label, which mixing may make either of two.
+    labels: probabilities (batch, num_classes). A prediction is correct if it is the class with the largest label; with
+      mixing that is the class of either example.
 
   Returns:
     Scalars `loss`, `accuracy` (sums) and `count`.
@@ -52,10 +57,13 @@ def training_sums(losses: jax.Array, logits: jax.Array, labels: jax.Array) -> di
 
 
 def divide(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """Means from sums and their `count`, in float64.
+  """Divides sums by their `count`, in float64.
 
   Args:
-    sums: arrays of any one shape, `count` among them; all are summed first.
+    sums: arrays of one shape, including `count`; each is summed over all its elements first.
+
+  Returns:
+    The mean of each name but `count`.
   """
   totals = {name: float(np.sum(value, dtype=np.float64)) for name, value in sums.items()}
   count = totals.pop('count')
@@ -63,28 +71,102 @@ def divide(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  """Loss, accuracy and top-5 accuracy over a split, in float64.
+  """Computes loss, accuracy and top-5 accuracy over a split, in float64.
 
   Args:
     logits: float (n, num_classes), n >= 1.
     labels: int (n,).
 
   Returns:
-    `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy`: a label
-    is among the top five where fewer than five classes have a larger logit.
+    `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy`.
+
+  Raises:
+    ValueError: there are no examples.
   """
   if len(logits) == 0:
-    raise ValueError('metrics of no examples')
+    raise ValueError('metrics need at least one example, but there are no examples')
   log_probabilities = log_softmax(logits)
-  of_label = np.take_along_axis(logits, labels[:, None], axis=1)
   return {
     'loss': float(-np.mean(np.take_along_axis(log_probabilities, labels[:, None], axis=1))),
     'accuracy': float(np.mean(np.argmax(logits, axis=1) == labels)),
-    'top5_accuracy': float(np.mean(np.sum(logits > of_label, axis=1) < 5)),
+    'top5_accuracy': top_k_accuracy(logits, labels, 5),
   }
 
 
+def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+  """Computes the share of examples for which fewer than k classes have a larger logit than the label.
+
+  Args:
+    logits: float (n, num_classes), n >= 1.
+    labels: int (n,).
+    k: at least 1.
+  """
+  label_logits = np.take_along_axis(logits, labels[:, None], axis=1)
+  return float(np.mean(np.sum(logits > label_logits, axis=1) < k))
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-  """Logarithms of the probabilities of logits (n, num_classes), float64."""
+  """Computes the logarithm of the softmax of logits (n, num_classes), float64."""
   shifted = logits.astype(np.float64) - np.max(logits, axis=1, keepdims=True)
   return shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))
+
+
+def check_finite(losses: np.ndarray, first_step: int) -> None:
+  """Raises `Diverged` if a loss is not finite.
+
+  Args:
+    losses: (steps,).
+    first_step: the number of steps before the first loss.
+  """
+  bad = np.flatnonzero(~np.isfinite(losses))
+  if len(bad):
+    raise Diverged(
+      f'the loss of step {first_step + int(bad[0]) + 1:,} is {losses[bad[0]]}; lower config.optimizer.learning_rate, '
+      'lengthen config.schedule.warmup_epochs or set config.optimizer.clip_norm, and use another --workdir.'
+    )
+
+
+class Windows:
+  """Collects the values of single steps into log points, one per `size` steps of an epoch.
+
+  Args:
+    size: steps per log point; the last point of an epoch may have fewer.
+    steps_per_epoch: the number of steps after which an epoch, and its last log point, ends.
+    pending: the attribute `pending` at the time of a checkpoint, to continue an incomplete log point.
+
+  Attributes:
+    pending: {name: values of each step} since the last log point, as Python numbers.
+  """
+
+  def __init__(self, size: int, steps_per_epoch: int, pending: Mapping[str, Sequence[float]] | None = None):
+    self._size, self._steps_per_epoch = size, steps_per_epoch
+    self.pending = {name: list(values) for name, values in (pending or {}).items()}
+
+  def add(self, step: int, measured: Mapping[str, np.ndarray]) -> list[tuple[int, dict[str, float]]]:
+    """Adds steps of one epoch.
+
+    Args:
+      step: the number of steps before them.
+      measured: float32 (steps,) for each metric of `train_step`.
+
+    Returns:
+      (steps done, log point) for each point that is now complete; see `summarize`.
+    """
+    points = []
+    count = len(measured['loss'])
+    for i in range(count):
+      for name, values in measured.items():
+        self.pending.setdefault(name, []).append(float(values[i]))
+      done = (step + i) % self._steps_per_epoch + 1
+      if done % self._size == 0 or done == self._steps_per_epoch:
+        points.append((step + i + 1, summarize(self.pending)))
+        self.pending = {}
+    return points
+
+
+def summarize(steps: Mapping[str, Sequence[float]]) -> dict[str, float]:
+  """Makes one log point from several steps: means over examples, means of the norms, and the last learning rate."""
+  arrays = {name: np.asarray(values, np.float32) for name, values in steps.items()}
+  norms = {name: float(np.mean(values)) for name, values in arrays.items() if name.endswith('_norm')}
+  sums = {name: arrays[name] for name in ('loss', 'accuracy', 'count')}
+  return divide(sums) | {'learning_rate': float(arrays['learning_rate'][-1])} | norms

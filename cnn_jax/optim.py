@@ -45,34 +45,48 @@ def make_schedule(config: Any, peak: float, total_steps: int, steps_per_epoch: i
   return schedule
 
 
-def make_optimizer(config: Any, learning_rate: optax.Schedule, frozen_blocks: int = 0) -> optax.GradientTransformation:
-  """The optax chain: clip the gradient, precondition it, decay kernels, scale by the learning rate.
+def make_optimizer(config: Any, learning_rate: optax.Schedule, frozen: Any = None) -> optax.GradientTransformation:
+  """The optax chain: clips the gradient, preconditions it, decays kernels, scales by the learning rate.
 
   Args:
     config: the section `config.optimizer`.
     learning_rate: from `make_schedule`.
-    frozen_blocks: the parameters of `block1` up to this one are not updated, nor decayed.
+    frozen: a tree like `params`, True at the parameters that are neither updated nor decayed; None: there are none.
 
   Returns:
-    A gradient transformation. Weight decay is decoupled (Loshchilov and Hutter 2019), times the
-    learning rate, and skips what is not a kernel: biases, scales of norms.
+    A gradient transformation. Weight decay is decoupled (Loshchilov and Hutter 2019), multiplied by the learning rate,
+    and applied to kernels only, not to biases and scales of norms.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
   decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
-  frozen = {f'block{i + 1}' for i in range(frozen_blocks)}
-  freeze = optax.masked(optax.set_to_zero(), lambda params: {name: name in frozen for name in params})
   return optax.chain(
     clip,
     _precondition(config),
     decay,
     optax.scale_by_learning_rate(learning_rate),
-    freeze if frozen else optax.identity(),
+    optax.identity() if frozen is None else optax.masked(optax.set_to_zero(), frozen),
   )
 
 
 def is_kernel(params: Any) -> Any:
   """A tree like `params` that is True at kernels, which have two axes or more."""
   return jax.tree.map(lambda p: np.ndim(p) > 1, params)
+
+
+def average(averages: Any, newest: Any, step: Any, decay: float) -> Any:
+  """The exponential averages after a step.
+
+  Args:
+    averages: before the step; a tree like `newest`, or {} if `decay` is 0.
+    newest: the values after the step.
+    step: int32, steps done.
+    decay: at most this; the first averages decay faster, so that the initial values are soon forgotten. 0: off.
+  """
+  if not decay:
+    return {}
+  step = step.astype(jnp.float32)
+  bounded = jnp.minimum(decay, (1 + step) / (10 + step))
+  return jax.tree.map(lambda old, new: old + (1 - bounded) * (new - old), averages, newest)
 
 
 def _precondition(config: Any) -> optax.GradientTransformation:
@@ -82,9 +96,8 @@ def _precondition(config: Any) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=config.momentum, b2=config.b2)
   if config.name == 'lion':
     return optax.scale_by_lion(b1=config.momentum, b2=config.b2)
-  # Orthogonalised momentum for the filters, each a row of height * width * channels numbers
-  # (Jordan et al. 2024); Adam for the head, biases and norms. A rate of -1 leaves the sign and
-  # the learning rate to the end of the chain, where every optimizer has them.
+  # Orthogonalised momentum for the filters, each a row of height * width * channels numbers (Jordan et al. 2024); Adam
+  # for the head, biases and norms. A rate of -1 leaves the sign and the learning rate to the end of the chain.
   return optax.contrib.muon(
     learning_rate=-1.0,
     beta=config.momentum,

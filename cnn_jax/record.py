@@ -1,58 +1,53 @@
-"""What a run writes down in its workdir: config, environment, metrics, TensorBoard events, result.
+"""What a run records in its workdir: the lock, config, environment, log points and result.
 
-All of it is JSON (a number that is not finite becomes null, which JSON has in its place) and read
-back without executing anything.
+All of it is JSON; non-finite numbers are written as null. Nothing is executed when it is read.
 """
 
 import contextlib
-import datetime
+import errno
 import fcntl
-import importlib.metadata
 import json
-import math
 import os
-import platform
-import shlex
-import struct
-import subprocess
-import sys
-import time
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from ml_collections import ConfigDict
 
 import cnn_jax
-from cnn_jax import UsageError
+from cnn_jax import UsageError, environment, files, sinks
 from cnn_jax import config as config_lib
 
-# A resumed run may change these sections: they say what is written down, not what is computed.
+# A resumed run may change these sections: they determine what is recorded, not what is computed.
 _FREE_SECTIONS = ('log', 'checkpoint')
-
-_LIBRARIES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'pillow')
 
 
 @contextlib.contextmanager
 def lock(workdir: str | os.PathLike) -> Iterator[None]:
-  """Makes a workdir and owns it while the context lasts; the kernel ends that with the process.
+  """Makes a workdir, with its parents, and owns it while the context lasts.
+
+  The lock is on the file `.lock`, which holds the number of the last owner. The kernel releases it if the process dies.
+
+  Args:
+    workdir: of the run.
 
   Raises:
-    UsageError: another process owns it, or it cannot be written.
+    UsageError: another process owns the workdir, or it cannot be written.
   """
   path = Path(workdir)
   with contextlib.ExitStack() as stack:
     with _storage(path):
       path.mkdir(parents=True, exist_ok=True)
-      file = stack.enter_context((path / '.lock').open('a+'))
+      file = stack.enter_context(os.fdopen(_open_lock(path / '.lock'), 'r+', errors='replace'))
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip()
+        owner = re.match(r'\d{1,10}$', file.read(11).strip())
         raise UsageError(
-          f'the workdir {path} is in use by {f"process {owner}" if owner else "another process"}; '
-          'wait for it, stop it or choose another --workdir.'
+          f'the workdir {path} is in use by {f"process {owner[0]}" if owner else "another process"}; '
+          'wait for it, stop it or use another --workdir.'
         ) from None
       file.truncate(0)
       file.write(f'{os.getpid()}\n')
@@ -61,52 +56,48 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
-  """Checks that a run which is resumed has the config it began with; a new run has nothing to check.
+  """Checks that a run can be started in a workdir, or continued there, with a config.
 
-  A field newer than the run had its default.
+  A continued run must have the config that it was started with, except for the sections `log` and `checkpoint`. A
+  field that is newer than the run counts as its default.
+
+  Args:
+    workdir: of the run; may not exist yet.
+    config: a checked config.
 
   Raises:
-    UsageError: another config is there that gives other results; names the first field.
+    UsageError: a tracker is not installed, the recorded config is not usable, or a field differs, which is named.
   """
-  path = Path(workdir) / 'config.json'
-  new = _plain(config.to_dict())
-  old = _read_json(path)
-  if old is not None:
-    old = _plain(_overlay(config_lib.default_config().to_dict(), old))
-    old_fields, new_fields = dict(_fields(old)), dict(_fields(new))
-    for field in sorted({*old_fields, *new_fields}):
-      before, after = old_fields.get(field, 'missing'), new_fields.get(field, 'missing')
-      if before != after and field.split('.')[0] not in _FREE_SECTIONS:
-        raise UsageError(
-          f'config.{field} is {after!r}, but the run in {path.parent} began with {before!r}; use another --workdir.'
-        )
+  sinks.check_trackers(config.log.trackers)
+  recorded = _read_config(workdir)
+  if recorded is None:
+    return
+  before, now = (dict(config_lib.leaves(files.plain(made.to_dict()))) for made in (recorded, config))
+  for field in sorted({*before, *now}):
+    old, new = before.get(field, 'missing'), now.get(field, 'missing')
+    if old != new and field.split('.')[0] not in _FREE_SECTIONS:
+      raise UsageError(
+        f'config.{field} is {new!r}, but the run in {workdir} was started with {old!r}; use another --workdir.'
+      )
 
 
 def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
-  """Writes config.json.
-
-  Raises:
-    UsageError: see `check_config`.
-  """
-  check_config(workdir, config)
+  """Writes config.json, after `check_config`."""
   write_json(Path(workdir) / 'config.json', config.to_dict())
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict:
-  """The config of a run, complete and checked; a field newer than the run has its default.
+  """The config of a run, checked and locked; a field that is newer than the run has its default.
+
+  Args:
+    workdir: of the run.
 
   Raises:
-    UsageError: there is none, or a field is unknown or wrong, or it is of several runs with a seed each.
+    UsageError: there is no config, a field is unknown or wrong, or the workdir holds the runs of several seeds.
   """
-  path = Path(workdir) / 'config.json'
-  values = _read_json(path)
-  if values is None:
-    raise UsageError(f'{path} is missing; give the --workdir of a run.')
-  config = ConfigDict(_overlay(config_lib.default_config().to_dict(), values))
-  try:
-    config_lib.check(config)
-  except UsageError as error:
-    raise UsageError(f'{path}: {error}') from error
+  config = _read_config(workdir)
+  if config is None:
+    raise UsageError(f'{Path(workdir) / "config.json"} is missing; give the --workdir of a run.')
   if config.seeds > 1:
     first, last = (seed_workdir(workdir, seed) for seed in (config.seed, config.seed + config.seeds - 1))
     raise UsageError(f'{workdir} holds the runs of {config.seeds} seeds; give one of {first} to {last.name} instead.')
@@ -114,46 +105,59 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
 
 
 def seed_workdir(workdir: str | os.PathLike, seed: int) -> Path:
-  """Where, of several seeds, the run of one is recorded."""
+  """The workdir of one seed below the workdir of several."""
   return Path(workdir) / f'seed_{seed:05}'
 
 
 def write_environment(workdir: str | os.PathLike) -> None:
-  """Writes environment.json: what this process runs on, now.
+  """Writes environment.json: the software, the hardware and the command of this process.
 
   Earlier starts of the same run are kept in its list `runs`, oldest first.
   """
   path = Path(workdir) / 'environment.json'
-  earlier = _read_json(path)
-  runs = [] if earlier is None else [*earlier.pop('runs', []), earlier]
-  write_json(path, {**_environment(), 'runs': runs})
+  earlier = files.read_json(path)
+  runs = earlier.pop('runs', None) if earlier else None
+  runs = [*(runs if isinstance(runs, list) else []), *([earlier] if earlier else [])]
+  write_json(path, {**environment.describe(), 'runs': runs})
 
 
 class Recorder:
-  """Writes metrics.jsonl, timing.jsonl and TensorBoard events, one line for each (step, split).
+  """Records the log points of a run: metrics.jsonl, timing.jsonl, TensorBoard events, experiment trackers.
 
-  metrics.jsonl holds only what the config and the data decide, so a run that was interrupted
-  leaves the same bytes as one that was not; timing.jsonl holds what the clock decides. A line that
-  is there already is not written again: a resumed run may come by the same evaluation twice.
+  It is a context manager. Entering it removes what an earlier process logged after the restored step, and opens the
+  sinks that the config selects. A point that is there already is not written again: a resumed run may repeat the
+  evaluation of the restored step.
 
   Args:
-    workdir: must be locked.
-    step: of the restored checkpoint, or 0. Lines of later steps, and one that a killed process
-      left half-written, are dropped.
-    tensorboard: also write events.
+    workdir: locked by this process.
+    step: of the restored checkpoint, or 0.
+    config: of the run; `log.tensorboard` and `log.trackers` select sinks.
+    primary: whether this process writes the record. Pass False in the other processes of a run; nothing is written.
 
-  Raises (as do its methods):
-    UsageError: the workdir cannot be written.
+  Raises (as its methods do):
+    UsageError: the workdir cannot be written, or a tracker cannot be started.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, step: int = 0, tensorboard: bool = True):
-    self._workdir = Path(workdir)
-    with _storage(self._workdir):
-      self._written = _truncate(self._workdir / 'metrics.jsonl', step)
-      _truncate(self._workdir / 'timing.jsonl', step)
-      self._metrics = (self._workdir / 'metrics.jsonl').open('a')
-      self._timing = (self._workdir / 'timing.jsonl').open('a')
-      self._events = _open_events(self._workdir, step) if tensorboard else None
+  def __init__(self, workdir: str | os.PathLike, *, step: int, config: ConfigDict, primary: bool = True):
+    self._workdir, self._step, self._config, self._primary = Path(workdir), step, config, primary
+    self._sinks: list[Any] = []
+    self._written: set[tuple[int, str]] = set()
+
+  def __enter__(self) -> Self:
+    if self._primary:
+      self._written = remove_later_points(self._workdir, self._step)
+      try:
+        with _storage(self._workdir):
+          self._sinks.append(sinks.JsonLines(self._workdir))
+          if self._config.log.tensorboard:
+            self._sinks.append(sinks.TensorBoard(self._workdir, self._step))
+          for name in self._config.log.trackers:
+            fields = dict(config_lib.leaves(files.plain(self._config.to_dict())))
+            self._sinks.append(sinks.Tracker(self._workdir, fields, name))
+      except BaseException:
+        self.close(complete=False)
+        raise
+    return self
 
   def append(
     self,
@@ -163,11 +167,11 @@ class Recorder:
     values: Mapping[str, Any],
     timing: Mapping[str, Any] | None = None,
   ) -> None:
-    """Writes the metrics of a split after a step; they survive the process, not a power cut.
+    """Adds the point of a split after a step; it survives the process, but not a power cut.
 
     Args:
       step: steps done.
-      epoch: that the step belongs to.
+      epoch: that the step belongs to, from 1.
       split: train | validation | test.
       values: numbers that do not depend on the clock.
       timing: numbers that do: images_per_second, data_wait_share, seconds.
@@ -175,58 +179,89 @@ class Recorder:
     if (step, split) in self._written:
       return
     self._written.add((step, split))
-    timing = timing or {}
     with _storage(self._workdir):
-      for file, numbers in ((self._metrics, values), (self._timing, timing)):
-        if numbers:
-          file.write(json.dumps(_plain({'step': step, 'epoch': epoch, 'split': split, **numbers})) + '\n')
-          file.flush()
-      if self._events is not None:
-        scalars = [
-          {'tag': f'{split}/{name}', 'simple_value': float(value)} for name, value in {**values, **timing}.items()
-        ]
-        self._events.write(_event(step=step, summary={'value': scalars}))
-        self._events.flush()
+      for sink in self._sinks:
+        sink.append(step, epoch, split, values, timing or {})
 
   def sync(self) -> None:
-    """Puts everything on disk; called before a checkpoint, so that no line it counts on is lost."""
+    """Puts all points on the disk. Call it before saving a checkpoint, whose record must not lose points."""
     with _storage(self._workdir):
-      for file in self._files():
-        os.fsync(file.fileno())
+      for sink in self._sinks:
+        sink.sync()
 
-  def close(self) -> None:
-    """Closes the files."""
-    with _storage(self._workdir), contextlib.ExitStack() as stack:  # closes all, even if one finds the disk full
-      for file in self._files():
-        stack.callback(file.close)
+  def close(self, complete: bool = True) -> None:
+    """Closes all sinks, even if one of them fails.
 
-  def __enter__(self) -> Self:
-    return self
+    Args:
+      complete: whether the run ended as planned; trackers show it.
+    """
+    with _storage(self._workdir), contextlib.ExitStack() as stack:
+      while self._sinks:
+        stack.callback(self._sinks.pop().close, complete)
 
-  def __exit__(self, *_: object) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    self.close(complete=kind is None)
 
-  def _files(self) -> list[IO[Any]]:
-    return [self._metrics, self._timing] + ([self._events] if self._events is not None else [])
+
+def remove_later_points(workdir: str | os.PathLike, step: int) -> set[tuple[int, str]]:
+  """Removes the points after a step, and damaged lines, from metrics.jsonl and timing.jsonl.
+
+  Args:
+    workdir: locked by this process.
+    step: steps done at the checkpoint to continue from.
+
+  Returns:
+    (step, split) of each point that metrics.jsonl still holds.
+
+  Raises:
+    UsageError: a file cannot be read or written.
+  """
+  with _storage(Path(workdir)):
+    _remove_later_lines(Path(workdir) / 'timing.jsonl', step)
+    return _remove_later_lines(Path(workdir) / 'metrics.jsonl', step)
+
+
+def read_points(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """The log points of a run, in the order of metrics.jsonl; damaged lines are left out.
+
+  Args:
+    workdir: of the run.
+
+  Returns:
+    An object per point: `step` and `epoch`, `split`, and the measured numbers, None in place of non-finite ones.
+
+  Raises:
+    UsageError: metrics.jsonl cannot be read.
+  """
+  path = Path(workdir) / 'metrics.jsonl'
+  try:
+    return [point for line in _read_lines(path) if (point := _parse_point(line)) is not None]
+  except OSError as error:
+    raise UsageError(f'cannot read {path}: {error.strerror}; give the workdir of a run.') from error
 
 
 def write_result(workdir: str | os.PathLike, result: Mapping[str, Any]) -> None:
-  """Writes result.json, which says that a run is complete; the last thing a run does."""
+  """Writes result.json, which marks a run as complete; a run writes it last."""
   write_json(Path(workdir) / 'result.json', result)
 
 
 def read_result(workdir: str | os.PathLike) -> dict[str, Any] | None:
-  """The result of a run, or None while it is not complete."""
-  return _read_json(Path(workdir) / 'result.json')
+  """The result of a run; None if it is not complete."""
+  return files.read_json(Path(workdir) / 'result.json')
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes a JSON file whole or not at all: sorted, indented, NumPy numbers and arrays as plain ones.
+  """Writes a JSON file, sorted and indented, whole or not at all.
+
+  Args:
+    path: where to write; what is there is replaced.
+    value: see `files.plain`.
 
   Raises:
-    UsageError: it cannot be written.
+    UsageError: the file cannot be written.
   """
-  _write(Path(path), json.dumps(_plain(value), indent=2, sort_keys=True) + '\n')
+  with _storage(Path(path)):
+    files.write_atomically(path, json.dumps(files.plain(value), indent=2, sort_keys=True) + '\n')
 
 
 @contextlib.contextmanager
@@ -234,153 +269,71 @@ def _storage(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UsageError(f'cannot write to {path}: {error.strerror}; mend that or choose another --workdir.') from error
+    raise UsageError(f'cannot write to {path}: {error.strerror}; correct that or use another --workdir.') from error
 
 
-def _write(path: Path, text: str) -> None:
-  temporary = path.with_name(f'.{path.name}.tmp')
-  with _storage(path):
-    with temporary.open('w') as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _open_lock(path: Path) -> int:
+  """Opens the lock file for reading and writing; never a link, which could make this process truncate any file."""
   try:
-    value = json.loads(path.read_text())
-  except FileNotFoundError:
-    return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
   except OSError as error:
-    raise UsageError(f'cannot read {path}: {error.strerror}; give the --workdir of a run.') from error
-  except ValueError as error:
-    raise UsageError(f'{path} is not JSON ({error}); put back a copy or use another --workdir.') from error
-  if not isinstance(value, dict):
-    raise UsageError(f'{path} does not hold a JSON object; put back a copy or use another --workdir.')
-  return value
+    if error.errno == errno.ELOOP:
+      raise UsageError(f'{path} is a link; remove it or use another --workdir.') from error
+    raise
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise UsageError(f'{path} is not a regular file; remove it or use another --workdir.')
+  return descriptor
 
 
-def _truncate(path: Path, step: int) -> set[tuple[int, str]]:
-  """Drops the lines after a step and those that are not whole; returns the (step, split) of the rest."""
-  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-  kept, written = [], set()
-  for line in lines:
-    try:
-      entry = json.loads(line)
-      key = (entry['step'], entry['split'])
-    except (ValueError, TypeError, KeyError):
-      continue
-    if key[0] <= step and line.endswith(b'\n'):
-      kept.append(line)
-      written.add(key)
-  if kept != lines:
-    _write(path, b''.join(kept).decode())
-  return written
-
-
-def _open_events(workdir: Path, step: int) -> IO[bytes]:
-  """Opens a new TensorBoard file; it hides what earlier ones have of the steps after `step`.
-
-  tensorboardX gives the format. Its `SummaryWriter` is not used because it writes from a thread, whose
-  errors come too late for one line, and would overwrite a file begun in the same second.
-  """
-  now = time.time_ns()
-  file = (workdir / f'events.out.tfevents.{now // 10**9}.{platform.node()}.{now % 10**9:09}').open('xb')
-  file.write(_event(file_version='brain.Event:2'))
-  if step:
-    file.write(_event(step=step + 1, session_log={'status': 'START'}))
-  file.flush()
-  return file
-
-
-def _event(**fields: Any) -> bytes:
-  """One record of a TensorBoard file: length, its checksum, `Event` message, its checksum."""
-  from tensorboardX.proto.event_pb2 import Event
-  from tensorboardX.record_writer import masked_crc32c
-
-  message = Event(wall_time=time.time(), **fields).SerializeToString()
-  length = struct.pack('<Q', len(message))
-  return b''.join(
-    (length, struct.pack('<I', masked_crc32c(length)), message, struct.pack('<I', masked_crc32c(message)))
-  )
-
-
-def _plain(value: Any) -> Any:
-  """As JSON has it: tuples as lists, array and NumPy numbers as Python's, NaN and infinities as None."""
-  if hasattr(value, 'tolist'):
-    value = value.tolist()
-  if isinstance(value, Mapping):
-    return {str(name): _plain(item) for name, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  if isinstance(value, float) and not math.isfinite(value):
+def _read_config(workdir: str | os.PathLike) -> ConfigDict | None:
+  """The recorded config, complete and checked; None if there is none."""
+  path = Path(workdir) / 'config.json'
+  values = files.read_json(path)
+  if values is None:
     return None
-  return value
-
-
-def _fields(values: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for name, value in values.items():
-    if isinstance(value, Mapping):
-      yield from _fields(value, f'{prefix}{name}.')
-    else:
-      yield prefix + name, value
-
-
-def _overlay(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-  merged = dict(base)
-  for name, value in values.items():
-    if isinstance(value, dict) and isinstance(base.get(name, {}), Mapping):
-      merged[name] = _overlay(base.get(name, {}), value)
-    else:
-      merged[name] = tuple(value) if isinstance(value, list) else value
-  return merged
-
-
-def _environment() -> dict[str, Any]:
-  import jax
-
-  devices = jax.devices()
-  return {
-    'start_time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'command': shlex.join(sys.orig_argv),
-    'versions': {
-      'python': platform.python_version(),
-      'cnn_jax': cnn_jax.__version__,
-      **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-    },
-    'platform': platform.platform(),
-    'cpu': _cpu_model(),
-    'cpu_cores': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-    'backend': devices[0].platform,
-    'device_kind': devices[0].device_kind,
-    'num_devices': len(devices),
-    'num_processes': jax.process_count(),
-    'git': _git(),
-  }
-
-
-def _cpu_model() -> str:
-  with contextlib.suppress(OSError):
-    for line in Path('/proc/cpuinfo').read_text().splitlines():
-      if line.startswith('model name'):
-        return line.split(':', 1)[1].strip()
-  return platform.processor()
-
-
-def _git() -> dict[str, Any] | None:
-  """The commit of this code and whether it has changed since; None where it is not a checkout."""
-  root = Path(cnn_jax.__file__).resolve().parent.parent
   try:
-    top, commit = _run_git(root, 'rev-parse', '--show-toplevel', 'HEAD').splitlines()
-    if Path(top).resolve() != root:  # installed somewhere inside another project's checkout
-      return None
-    return {'commit': commit, 'dirty': bool(_run_git(root, 'status', '--porcelain'))}
-  except (OSError, ValueError, subprocess.SubprocessError):
+    config = config_lib.from_record(values)
+    config_lib.check(config)
+  except (UsageError, AttributeError, TypeError, ValueError) as error:  # ml_collections raises those for hostile names
+    raise UsageError(f'{path}: {" ".join(str(error).split())}{_writer(workdir)}') from error
+  return config
+
+
+def _writer(workdir: str | os.PathLike) -> str:
+  """A sentence about the version that wrote a workdir, after a space; empty if it is unknown."""
+  with contextlib.suppress(UsageError, AttributeError, KeyError, TypeError):
+    versions = (files.read_json(Path(workdir) / 'environment.json') or {})['versions']
+    return f' Version {versions["cnn_jax"][:20]} of cnn_jax wrote this workdir; this is version {cnn_jax.__version__}.'
+  return ''
+
+
+def _remove_later_lines(path: Path, step: int) -> set[tuple[int, str]]:
+  lines = _read_lines(path)
+  points = {line: point for line in lines if (point := _parse_point(line)) is not None and point['step'] <= step}
+  kept = [line for line in lines if line in points]
+  if kept != lines:
+    files.write_atomically(path, b''.join(kept))
+  return {(point['step'], point['split']) for point in points.values()}
+
+
+def _read_lines(path: Path) -> list[bytes]:
+  try:
+    with files.open_regular(path) as file:
+      return file.readlines()
+  except FileNotFoundError:
+    return []
+
+
+def _parse_point(line: bytes) -> dict[str, Any] | None:
+  """The point of a line; None if the line is damaged or cut off."""
+  try:
+    point = json.loads(line)
+  except (RecursionError, ValueError):
     return None
-
-
-def _run_git(root: Path, *arguments: str) -> str:
-  return subprocess.run(
-    ['git', '-C', str(root), *arguments], capture_output=True, text=True, timeout=5, check=True
-  ).stdout
+  if not line.endswith(b'\n') or not isinstance(point, dict) or not isinstance(point.get('split'), str):
+    return None
+  numbers = [value for name, value in point.items() if name != 'split' and value is not None]
+  if not all(isinstance(value, int | float) and abs(value) < 1e300 for value in numbers):
+    return None
+  return point if isinstance(point.get('step'), int) else None

@@ -1,15 +1,14 @@
-"""Digits: 1,797 images of 8x8 pixels, trained in seconds; also what the tests train on.
+"""Digits: 1,797 images of 8x8 pixels, bundled with scikit-learn; most tests train on them.
 
-    python -m cnn_jax.main --config=configs/digits.py
-
-Test accuracy at the last epoch: 98.79 +- 0.16 %, mean and standard deviation of seeds 0, 1, 2, on 359 images.
+python -m cnn_jax.main --config=configs/digits.py
+    65,834 parameters. 98.79 +- 0.16 % of the 359 test images at the last epoch, mean and standard deviation of seeds
+    0-2, in ten seconds on 2 cores of an AMD EPYC.
 """
 
 from cnn_jax.config import default_config
 
 
-def get_config(arg=None):
-  del arg
+def get_config():
   config = default_config()
   config.data.source = 'bundled'
   config.data.name = 'digits'

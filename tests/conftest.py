@@ -1,37 +1,54 @@
-"""Settings that every test shares, and the small runs that several of them read."""
+"""Settings that every test shares, and the short run that several of them read."""
 
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-# One cache of compiled programs for all test processes: most compile the same few.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.pytest_cache' / 'compiled'))
+# One cache of compiled programs for all test processes: most compile the same few. JAX reads it when it is imported.
+_CACHE = pathlib.Path(__file__).resolve().parent.parent / '.pytest_cache' / 'compiled'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
-
-def run_command(*arguments, timeout=120, **environment):
-  """Runs a command of the project from its top folder, as a user does."""
-  return subprocess.run(
-    [sys.executable, '-m', *map(str, arguments)],
-    cwd=ROOT,
-    env=os.environ | {name: str(value) for name, value in environment.items()},
-    capture_output=True,
-    text=True,
-    timeout=timeout,
-    check=False,
-  )
+from tests.helpers import call_command  # noqa: E402
 
 
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory):
   """The workdir of a complete short run on the digits."""
   workdir = tmp_path_factory.mktemp('runs') / 'digits'
-  done = run_command(
+  done = call_command(
     'cnn_jax.main', '--config=configs/digits.py', '--config.epochs=12', '--config.model.convs_per_block=1',
     f'--workdir={workdir}',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return workdir
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+  """Hides the user's data, the user's cache and the network from the data sources."""
+  from cnn_jax.data import tfds
+
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'no_tfds'))
+  monkeypatch.setattr(tfds, 'network_is_up', lambda: False)
+
+
+@pytest.fixture
+def strict():
+  """Makes implicit promotion of dtypes and of ranks an error."""
+  import jax
+
+  with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
+    yield
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """Compiles without most optimisations, which takes a third of the time for a deep network."""
+  import jax
+
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

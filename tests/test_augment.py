@@ -1,3 +1,5 @@
+"""Each augmentation by itself, mixing across devices, and independence of the number of devices."""
+
 import functools
 import math
 
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 
 from cnn_jax.config import default_config
-from cnn_jax.data import augment as augment_lib
-from cnn_jax.data.augment import augment, needs_partners, normalize, warp
+from cnn_jax.data.augment import augment, beta_quantile, mixing_weights, normalize, warp
+from tests.helpers import QUICK
+
+pytestmark = pytest.mark.usefixtures('strict')
 
 
 def settings(**fields):
@@ -24,8 +28,17 @@ def batch(n=8, height=6, width=6, channels=1, seed=0):
   return jnp.asarray(images), jnp.asarray(labels), jnp.arange(n, dtype=jnp.int32)
 
 
-def run(config, images, labels, positions, *partner, key=0):
-  return jax.jit(functools.partial(augment, config))(jax.random.key(key), positions, images, labels, *partner)
+def run(config, images, labels, positions, key=0):
+  return jax.jit(functools.partial(augment, config), compiler_options=QUICK)(
+    jax.random.key(key), positions, images, labels
+  )
+
+
+def run_sharded(config, images, labels, positions, shards=1):
+  """Augments one global batch that is spread over some devices, here those of `vmap`."""
+  mapped = jax.vmap(functools.partial(augment, config, jax.random.key(0)), axis_name='batch')
+  parts = [array.reshape(shards, -1, *array.shape[1:]) for array in (positions, images, labels)]
+  return [np.asarray(array).reshape(-1, *array.shape[2:]) for array in jax.jit(mapped, compiler_options=QUICK)(*parts)]
 
 
 def pixels(images):
@@ -36,6 +49,7 @@ def pixels(images):
 EVERYTHING = settings(
   shift=2, flip=True, rotate=15.0, scale=0.1, erase=0.5, brightness=0.2, contrast=0.2, mixup=0.4, cutmix=1.0
 )
+SHIFT_AND_FLIP = {'shift': 2, 'flip': True}
 
 
 def test_normalize_maps_the_ends_and_the_middle():
@@ -46,30 +60,23 @@ def test_normalize_maps_the_ends_and_the_middle():
 
 def test_with_every_field_off_it_is_normalize():
   images, labels, positions = batch(channels=3)
-  assert not needs_partners(settings())
   result, same = run(settings(), images, labels, positions)
   np.testing.assert_array_equal(result, jax.jit(normalize)(images))
   np.testing.assert_array_equal(result, normalize(images))
   np.testing.assert_array_equal(same, labels)
 
 
-@pytest.mark.parametrize('channels', [1, 3])
-def test_a_batch_in_two_halves_gives_the_same(channels):
-  images, labels, positions = batch(8, channels=channels)
-  partners = positions[::-1], images[::-1], labels[::-1]
-  assert needs_partners(EVERYTHING)
-  whole = run(EVERYTHING, images, labels, positions, *partners)
-  halves = [
-    run(EVERYTHING, images[part], labels[part], positions[part], *(p[part] for p in partners))
-    for part in (slice(0, 4), slice(4, 8))
-  ]
-  for i in range(2):
-    np.testing.assert_allclose(whole[i], np.concatenate([halves[0][i], halves[1][i]]), atol=1e-6)
-  np.testing.assert_allclose(whole[1].sum(1), 1, atol=1e-6)
-  assert float(jnp.abs(whole[0]).max()) <= 1 + 1e-6
+def test_the_result_does_not_depend_on_the_number_of_devices():
+  images, labels, positions = batch(8, channels=3)
+  one = run_sharded(EVERYTHING, images, labels, positions)
+  two = run_sharded(EVERYTHING, images, labels, positions, shards=2)
+  for whole, halves in zip(one, two, strict=True):
+    np.testing.assert_allclose(whole, halves, atol=1e-6)
+  np.testing.assert_allclose(one[1].sum(1), 1, atol=1e-6)
+  assert np.abs(one[0]).max() <= 1 + 1e-6
 
 
-def test_another_key_and_another_position_draw_otherwise():
+def test_draws_differ_between_keys_and_between_positions():
   images, labels, positions = batch(8)
   images = jnp.broadcast_to(images[:1], images.shape)
   config = settings(shift=2)
@@ -80,7 +87,7 @@ def test_another_key_and_another_position_draw_otherwise():
 
 
 @pytest.mark.parametrize('padding', ['constant', 'reflect'])
-def test_shift_is_a_slice_of_the_padded_image_and_all_shifts_are_as_likely(padding):
+def test_shift_is_a_slice_of_the_padded_image_and_all_shifts_are_equally_likely(padding):
   n, limit = 2000, 2
   images, _, _positions = batch(1, 5, 7)
   image = np.asarray(images)[0, :, :, 0]
@@ -93,7 +100,7 @@ def test_shift_is_a_slice_of_the_padded_image_and_all_shifts_are_as_likely(paddi
   levels = np.rint(pixels(result)).astype(np.uint8)[..., 0]
   counts = np.zeros((5, 5), int)
   for shifted in levels:
-    counts[candidates[shifted.tobytes()]] += 1  # a KeyError is an image that no slice explains
+    counts[candidates[shifted.tobytes()]] += 1  # a KeyError means that the image is not a slice
   # 80 expected in each, standard deviation 8.8.
   assert counts.min() > 40 and counts.max() < 125
 
@@ -108,9 +115,12 @@ def test_flip_mirrors_half_of_the_images():
   assert 420 < mirrored.sum() < 580
 
 
+jitted_warp = jax.jit(warp, static_argnums=5, compiler_options=QUICK)
+
+
 def warp_one(image, mirror=False, angle=0.0, zoom=1.0, shift=(0, 0), padding='constant'):
   arguments = [jnp.array([x]) for x in (mirror, angle, zoom)]
-  return np.asarray(warp(jnp.asarray(image)[None], *arguments, jnp.array([shift]), padding))[0]
+  return np.asarray(jitted_warp(jnp.asarray(image)[None], *arguments, jnp.array([shift]), padding))[0]
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -131,12 +141,12 @@ def test_warp_that_only_shifts_moves_whole_pixels():
 
 
 def test_warp_interpolates_linearly_between_pixels():
-  # Zoomed twice about the centre 1.5, the row 0 10 20 30 is read at 0.75, 1.25, 1.75, 2.25.
-  image = np.tile(np.array([0, 10, 20, 30], np.uint8)[None, :, None], (4, 1, 1))
-  np.testing.assert_allclose(warp_one(image, zoom=2.0)[1, :, 0], [7.5, 12.5, 17.5, 22.5], atol=1e-4)
+  # Enlarged twice about the centre 3, the row 0 10 ... 60 is read at 1.5, 2, 2.5, 3, 3.5, 4, 4.5.
+  image = np.tile(np.arange(0, 70, 10, dtype=np.uint8)[None, :, None], (7, 1, 1))
+  np.testing.assert_allclose(warp_one(image, zoom=2.0)[1, :, 0], [15, 20, 25, 30, 35, 40, 45], atol=1e-4)
 
 
-def test_rotation_and_zoom_stay_within_what_is_asked():
+def test_rotation_and_zoom_stay_within_the_limits():
   # A single bright pixel to the right of the centre shows the angle and the zoom.
   n, size = 400, 41
   image = np.zeros((size, size, 1), np.uint8)
@@ -189,12 +199,12 @@ def test_erasing_fills_one_rectangle_with_the_mean():
 
 
 def mix(config, n=200, size=8):
-  """Black images of class 0, each with a white partner of class 1."""
-  black, white = jnp.zeros((n, size, size, 1), jnp.uint8), jnp.full((n, size, size, 1), 255, jnp.uint8)
-  first, second = jnp.tile(jnp.array([1.0, 0.0]), (n, 1)), jnp.tile(jnp.array([0.0, 1.0]), (n, 1))
-  positions = jnp.arange(n, dtype=jnp.int32)
-  images, labels = run(config, black, first, positions, positions[::-1], white, second)
-  return pixels(images)[..., 0] / 255, np.asarray(labels)
+  """Black images of class 0, each mixed with a white one of class 1: every second of a global batch."""
+  white = np.arange(2 * n) % 2
+  images = np.broadcast_to(np.uint8(255 * white)[:, None, None, None], (2 * n, size, size, 1))
+  labels = np.eye(2, dtype=np.float32)[white]
+  images, labels = run_sharded(config, jnp.asarray(images), jnp.asarray(labels), jnp.arange(2 * n, dtype=jnp.int32))
+  return pixels(images)[::2, ..., 0] / 255, labels[::2]
 
 
 def test_mixup_mixes_images_and_labels_by_the_same_weights():
@@ -207,8 +217,8 @@ def test_mixup_mixes_images_and_labels_by_the_same_weights():
 
 @pytest.mark.parametrize('alpha', [0.2, 2.0])
 def test_weights_are_beta_distributed(alpha):
-  uniform = (jnp.arange(100000) + 0.5) / 100000
-  weights = np.asarray(augment_lib._beta_quantile(uniform, alpha), np.float64)
+  uniform = jnp.asarray((np.arange(100000) + 0.5) / 100000, jnp.float32)
+  weights = np.asarray(beta_quantile(uniform, alpha), np.float64)
   assert abs(weights.mean() - 0.5) < 1e-4
   assert abs(weights.var() - 1 / (4 * (2 * alpha + 1))) < 1e-3  # of Beta(alpha, alpha)
   assert (np.diff(weights) >= 0).all() and weights.min() >= 0 and weights.max() <= 1
@@ -225,7 +235,7 @@ def test_cutmix_pastes_a_rectangle_and_weighs_labels_by_its_area():
   assert len(np.unique(labels[:, 1])) > 20
 
 
-def test_with_both_on_each_example_takes_one_of_them():
+def test_if_both_are_on_each_example_takes_one_of_them():
   images, labels = mix(settings(mixup=1.0, cutmix=1.0))
   np.testing.assert_allclose(images.mean((1, 2)), labels[:, 1], atol=1e-5)
   flat = np.ptp(images, axis=(1, 2)) < 1e-6
@@ -235,21 +245,29 @@ def test_with_both_on_each_example_takes_one_of_them():
   assert (blended | binary).all()
 
 
-def test_the_partner_is_mixed_in_as_it_is_augmented_itself():
+@pytest.fixture(scope='module')
+def mixed_by_hand():
+  """A batch, and what mixing must make of it: each example with the one before it, both augmented in this step."""
   images, labels, positions = batch(16)
-  order = jnp.asarray(np.random.default_rng(1).permutation(16))
-  plain = settings(shift=2, flip=True)
-  own, _ = run(plain, images, labels, positions)
-  config = settings(shift=2, flip=True, mixup=1.0)
-  mixed, mixed_labels = run(config, images, labels, positions, positions[order], images[order], labels[order])
-  weight, _ = augment_lib._mixing(config, jax.random.key(0), positions, images.shape)
-  weight = np.asarray(weight)[:, None, None, None]
-  np.testing.assert_allclose(mixed, weight * own + (1 - weight) * own[order], atol=1e-5)
-  weight = weight[:, :, 0, 0]
-  np.testing.assert_allclose(mixed_labels, weight * labels + (1 - weight) * labels[order], atol=1e-6)
+  config = settings(**SHIFT_AND_FLIP, mixup=1.0, cutmix=1.0)
+  own, _ = run(settings(**SHIFT_AND_FLIP), images, labels, positions)
+  weights = jax.jit(lambda key: mixing_weights(config, key, positions, images.shape), compiler_options=QUICK)
+  weight, kept = map(np.asarray, weights(jax.random.key(0)))
+  own, labels, weight, kept = np.asarray(own), np.asarray(labels), weight[:, None], kept[..., None]
+  expected_images = kept * own + (1 - kept) * np.roll(own, 1, axis=0)
+  expected_labels = weight * labels + (1 - weight) * np.roll(labels, 1, axis=0)
+  return config, (images, jnp.asarray(labels), positions), expected_images, expected_labels
 
 
-def test_switching_one_augmentation_on_leaves_the_draws_of_the_others():
+@pytest.mark.parametrize('shards', [1, 2, 4, 8])
+def test_mixing_takes_the_previous_example_of_the_global_batch_on_any_number_of_devices(mixed_by_hand, shards):
+  config, examples, expected_images, expected_labels = mixed_by_hand
+  images, labels = run_sharded(config, *examples, shards=shards)
+  np.testing.assert_allclose(images, expected_images, atol=1e-6)
+  np.testing.assert_allclose(labels, expected_labels, atol=1e-6)
+
+
+def test_switching_one_augmentation_on_does_not_change_the_draws_of_the_others():
   images, labels, positions = batch(32)
   shifted, _ = run(settings(shift=2), images, labels, positions)
   brighter, _ = run(settings(shift=2, brightness=1e-6), images, labels, positions)

@@ -1,4 +1,4 @@
-"""Temperature scaling and calibration error, by cases that can be worked out by hand."""
+"""Temperature scaling and calibration error, by cases computed by hand."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_softmax_of_huge_logits_is_finite():
 
 @pytest.mark.parametrize(('margin', 'right'), [(8.0, 3), (1.0, 3), (8.0, 2), (0.5, 9)])
 def test_temperature_of_two_classes_with_one_margin(margin, right):
-  # All logits are (margin, 0), so the likeliest probability of the first class is its frequency:
+  # All logits are (margin, 0), so the most likely probability of the first class is its frequency:
   # sigmoid(margin / T) = right / (right + wrong), that is T = margin / log(right / wrong).
   wrong = 1
   logits = np.tile([margin, 0.0], (right + wrong, 1))
@@ -38,7 +38,7 @@ def test_temperature_minimises_the_loss():
     return -np.mean(np.log(calibration.softmax(logits, temperature)[np.arange(500), labels]))
 
   best = calibration.fit_temperature(logits, labels)
-  assert best == pytest.approx(2.5, rel=0.25)  # what the labels were drawn with, to sampling error
+  assert best == pytest.approx(2.5, rel=0.25)  # the temperature of the draws, to sampling error
   assert loss(best) < min(loss(best * 1.01), loss(best / 1.01), loss(1.0))
 
 
@@ -50,10 +50,10 @@ def test_temperature_is_scale_equivariant():
   assert calibration.fit_temperature(3 * logits, labels) == pytest.approx(3 * once, rel=1e-8)
 
 
-def test_temperature_where_the_likelihood_has_no_maximum():
+def test_temperature_if_the_likelihood_has_no_maximum():
   logits = np.array([[2.0, 0.0], [0.0, 1.0]])
-  assert calibration.fit_temperature(logits, np.array([0, 1])) == 1.0  # all right: no evidence of doubt
-  assert calibration.fit_temperature(logits, np.array([1, 0])) == 100.0  # all wrong: say nothing
+  assert calibration.fit_temperature(logits, np.array([0, 1])) == 1.0  # all correct: no evidence of errors
+  assert calibration.fit_temperature(logits, np.array([1, 0])) == 100.0  # all wrong: as uncertain as possible
 
 
 def test_no_examples_are_an_error():
@@ -65,7 +65,7 @@ def test_no_examples_are_an_error():
 
 
 def test_calibration_error_by_hand():
-  # Two bins of four: (0.5, 0.75] holds 0.6 right and 0.7 wrong; (0.75, 1] holds 0.9, 0.8 right, 1.0 wrong.
+  # Two of four bins: (0.5, 0.75] holds 0.6 correct and 0.7 wrong; (0.75, 1] holds 0.9, 0.8 correct and 1.0 wrong.
   confidence = np.array([0.6, 0.7, 0.9, 0.8, 1.0])
   probabilities = np.stack([confidence, 1 - confidence], axis=1)
   labels = np.array([0, 1, 0, 0, 1])
@@ -82,7 +82,7 @@ def test_a_confidence_on_an_edge_is_in_the_lower_bin():
   assert calibration.reliability(probabilities, np.array([0, 0]), bins=2)[2].tolist() == [1, 1]
 
 
-def test_a_model_that_is_right_as_often_as_it_says_has_no_error():
+def test_a_model_whose_accuracy_equals_its_confidence_has_no_error():
   probabilities = np.tile([0.75, 0.25], (8, 1))
   assert calibration.expected_calibration_error(probabilities, np.array([0] * 6 + [1] * 2)) == pytest.approx(0)
   assert calibration.expected_calibration_error(probabilities, np.array([0] * 8)) == pytest.approx(0.25)

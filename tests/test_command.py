@@ -1,14 +1,23 @@
+"""What all commands share: exit statuses, one-line errors, signals."""
+
+import errno
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import threading
 
+import jax
 import pytest
 
-from tests.conftest import ROOT, run_command
+from cnn_jax import Diverged, Stopped, UsageError, command
+from tests.helpers import ROOT, call_command
 
 FAULTS = """
-import resource
+import resource, sys, types
 import numpy as np
+sys.modules['jax'] = types.SimpleNamespace(config=types.SimpleNamespace(update=lambda *_: None))  # starts faster
 from cnn_jax import command
 command.prepare_backend()
 def use():
@@ -34,14 +43,172 @@ def test_freed_memory_is_kept_unless_switched_off():
   assert 5 * _faults('1') < _faults('0')
 
 
-def test_help_of_every_command_says_what_it_does():
+@pytest.fixture
+def cache_setting(monkeypatch):
+  """Restores JAX's settings; returns a function that prepares the backend and returns the directory that is set."""
+  names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+  before = {name: getattr(jax.config, name) for name in names}
+  monkeypatch.setenv('CNN_JAX_KEEP_MEMORY', '0')
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+
+  def prepare():
+    jax.config.update(names[0], None)
+    command.prepare_backend()
+    return getattr(jax.config, names[0])
+
+  yield prepare
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_in_the_cache_directory(monkeypatch, cache_setting):
+  monkeypatch.setenv('XDG_CACHE_HOME', '/a/cache')
+  assert cache_setting() == '/a/cache/cnn_jax/compiled'
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '/another')
+  assert cache_setting() is None  # JAX reads its own variable
+
+
+def test_without_a_home_directory_there_is_no_cache(monkeypatch, cache_setting):
+  def homeless():
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(pathlib.Path, 'home', homeless)
+  assert cache_setting() is None
+
+
+def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
+  monkeypatch.setenv('CNN_JAX_KEEP_MEMORY', '1')
+  monkeypatch.setattr(command.ctypes, 'CDLL', lambda _: object())
+  command.prepare_backend()
+
+
+def test_help_of_every_command():
   for name in ('main', 'evaluate', 'predict', 'report', 'export'):
-    done = run_command(f'cnn_jax.{name}', '--help')
+    done = call_command(f'cnn_jax.{name}', '--help')
     assert done.returncode == 0, done.stderr
     assert '--workdir' in done.stdout
 
 
-def test_the_reader_of_the_output_may_go(digits_run):
-  command = f'"{sys.executable}" -m cnn_jax.evaluate --workdir="{digits_run}" | true'
-  done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-  assert 'Traceback' not in done.stderr
+# --- exit statuses
+
+
+def ends(error):
+  """The status and the lines on stderr of a command that ends with an exception."""
+
+  def main(argv):
+    assert argv == ['x']
+    raise error
+
+  return command.call(main, ['x'])
+
+
+@pytest.mark.parametrize(
+  ('error', 'status', 'line'),
+  [
+    (UsageError('config.seed is -1;\n  make it  0'), 2, 'error: config.seed is -1; make it 0'),
+    (UsageError('no \x1b[31mred\x07, å'), 2, 'error: no \\x1b[31mred\\x07, å'),
+    (UsageError('caf\udce9.jpg'), 2, 'error: caf\\udce9.jpg'),
+    (Diverged('the loss is nan'), 3, 'error: the loss is nan'),
+    (Stopped('Saved at step 3.'), 143, 'Saved at step 3.'),
+    (KeyboardInterrupt(), 143, 'stopped'),
+  ],
+)
+def test_an_expected_end_is_a_status_and_one_line(capsys, error, status, line):
+  assert ends(error) == status
+  assert capsys.readouterr() == ('', f'{line}\n')
+
+
+def test_the_status_of_a_command_that_returns():
+  assert command.call(lambda argv: None, []) == 0
+  assert command.call(lambda argv: 2, []) == 2
+
+
+def test_a_bug_keeps_its_traceback():
+  for error in (ZeroDivisionError(), OSError(errno.EACCES, 'Permission denied')):
+    with pytest.raises(type(error)):
+      ends(error)
+
+
+def test_a_parser_reports_mistakes_as_one_line():
+  parser = command.Parser('does something')
+  parser.add_argument('--size', type=int)
+  command.add_config(parser)
+  with pytest.raises(UsageError, match="argument --size: invalid int value: 'x'; see --help."):
+    parser.parse_args(['--size', 'x'])
+  args, rest = parser.parse_known_args(['--config', 'a b.py', '--config.seed=1', '--conf=x'])
+  assert (args.config, rest) == ('a b.py', ['--config.seed=1', '--conf=x'])  # no abbreviations
+
+
+PRINTS = 'from cnn_jax import command; command.run(lambda argv: print("x" * 10**6 + "\\n" * 10))'
+
+
+@pytest.mark.parametrize(
+  ('output', 'status', 'errors'),
+  [
+    ('| true; exit ${PIPESTATUS[0]}', 143, ''),
+    ('> /dev/full', 2, 'error: cannot write the output: No space left on device; free some space.\n'),
+  ],
+)
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has /dev/full')
+def test_output_that_nobody_can_read_is_no_bug(output, status, errors):
+  done = subprocess.run(
+    ['bash', '-c', f"'{sys.executable}' -c '{PRINTS}' {output}"], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert (done.returncode, done.stderr) == (status, errors)
+
+
+def test_a_closed_terminal_leaves_the_status(monkeypatch):
+  class Closed:
+    def write(self, _):
+      raise OSError(errno.EIO, 'Input/output error')
+
+  monkeypatch.setattr(sys, 'stderr', Closed())
+  assert ends(UsageError('x')) == 2
+
+
+# --- signals
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_is_a_flag_and_the_second_has_its_usual_effect(number):
+  received = []
+  before = signal.signal(number, lambda *_: received.append('usual'))
+  try:
+    with command.stop_signal() as stopping:
+      assert not stopping()
+      os.kill(os.getpid(), number)
+      assert stopping()
+      assert received == []
+      os.kill(os.getpid(), number)
+      assert received == ['usual']
+    with command.stop_signal() as stopping:
+      assert not stopping()
+    os.kill(os.getpid(), number)
+    assert received == ['usual', 'usual']
+  finally:
+    signal.signal(number, before)
+
+
+def test_an_ignored_signal_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+  try:
+    with command.stop_signal() as stopping:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stopping()
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_another_thread_leaves_signals_alone():
+  results = []
+
+  def work():
+    with command.stop_signal() as stopping:
+      results.append((stopping(), signal.getsignal(signal.SIGTERM)))
+
+  before = signal.getsignal(signal.SIGTERM)
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert results == [(False, before)]

@@ -1,59 +1,188 @@
-import importlib
-import pathlib
-
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
-from cnn_jax import UsageError
+from cnn_jax import UsageError, main, models, record
 from cnn_jax import config as config_lib
 from cnn_jax.config import default_config
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Trainable parameters of each config's network, on images of its set.
 PARAMETERS = {
-  'mnist': ((28, 28, 1), 10, 241_898),
-  'mnist_best': ((28, 28, 1), 10, 295_002),
-  'mnist_small': ((28, 28, 1), 10, 7_788),
-  'fashion_mnist': ((28, 28, 1), 10, 372_682),
-  'cifar10': ((32, 32, 3), 10, 2_370_698),
-  'cifar100': ((32, 32, 3), 100, 2_393_828),
-  'digits': ((8, 8, 1), 10, 65_834),
-  'image_folder': ((32, 32, 3), 10, 373_834),
+  'mnist.py': ((28, 28, 1), 10, 241_898),
+  'mnist.py:best': ((28, 28, 1), 10, 295_002),
+  'mnist.py:small': ((28, 28, 1), 10, 7_788),
+  'fashion_mnist.py': ((28, 28, 1), 10, 372_682),
+  'cifar10.py': ((32, 32, 3), 10, 2_370_698),
+  'cifar10.py:100': ((32, 32, 3), 100, 2_393_828),
+  'digits.py': ((8, 8, 1), 10, 65_834),
+  'image_folder.py': ((32, 32, 3), 10, 373_834),
 }
 
 
-def _load(name):
-  return importlib.import_module(f'configs.{name}').get_config()
-
-
 def test_every_config_is_covered():
-  assert {path.stem for path in (ROOT / 'configs').glob('*.py')} == set(PARAMETERS)
+  assert {path.name for path in (ROOT / 'configs').glob('*.py')} == {name.partition(':')[0] for name in PARAMETERS}
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_every_config_is_valid_and_has_its_parameters(name):
-  import jax
-  import jax.numpy as jnp
-
-  from cnn_jax.model import create_model
-
-  config = _load(name)
-  config_lib.check(config)
+  config = config_lib.load(f'{ROOT}/configs/{name}')
   shape, num_classes, expected = PARAMETERS[name]
-  config_lib.check_data(config, 50_000 if name != 'digits' else 1_400, *shape[:2])
-  model = create_model(config.model, num_classes)
-  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))
-  assert sum(p.size for p in jax.tree.leaves(variables['params'])) == expected
+  config_lib.check_data(config, 50_000 if name != 'digits.py' else 1_400, num_classes, shape)
+  model = models.create(config.model, num_classes)
+  assert models.num_parameters(models.init_shapes(model, shape)['params']) == expected
 
 
-def test_every_field_is_read():
-  package = [path for path in (ROOT / 'cnn_jax').rglob('*.py') if path.name != 'config.py']
-  source = '\n'.join(path.read_text() for path in package)
-  derived = '\n'.join((ROOT / 'cnn_jax' / 'config.py').read_text().split('def check(')[1:])
-  for field, _ in config_lib._leaves(default_config()):
-    name = field.rsplit('.', 1)[-1]
-    used = f'.{name}' in source or (field in ('epochs', 'min_steps') and f'config.{name}' in derived)
-    assert used, f'nothing reads config.{field}'
+# Every field is read ------------------------------------------------------------------------------
+
+
+class Recording(ConfigDict):
+  """A config that notes which of its fields are read."""
+
+  read: set[str] = set()  # noqa: RUF012
+  paths: dict[int, str] = {}  # noqa: RUF012
+
+  @classmethod
+  def of(cls, values, prefix=''):
+    made = cls()
+    for name, value in values.items():
+      made[name] = cls.of(value, f'{prefix}{name}.') if isinstance(value, ConfigDict) else value
+    cls.paths[id(made)] = prefix
+    return made
+
+  def __getitem__(self, key):
+    if id(self) in self.paths:
+      self.read.add(self.paths[id(self)] + key)
+    return super().__getitem__(key)
+
+
+def _unread(tmp_path, monkeypatch, config):
+  """The fields of a config that nothing reads while a run is trained in each of several ways."""
+  pictures = tmp_path / 'pictures'
+  for level, name in ((60, 'night'), (190, 'day')):
+    (pictures / name).mkdir(parents=True)
+    for i in range(30):
+      Image.fromarray(np.full((9, 8), level + i, np.uint8)).save(pictures / name / f'{i}.png')
+  # These three look at all fields alike.
+  for owner, name in ((config_lib, 'check'), (record, 'check_config'), (record, 'write_config')):
+    monkeypatch.setattr(owner, name, lambda *_: None)
+  Recording.read, Recording.paths = set(), {}
+  ways = (
+    {'data.source': 'folder', 'data.dir': str(pictures), 'optimizer.name': 'adamw', 'schedule.name': 'cosine'},
+    {'data.source': 'bundled', 'data.name': 'digits', 'optimizer.name': 'muon'},
+  )
+  for i, fields in enumerate(ways):
+    with config.unlocked():
+      config.update_from_flattened_dict(fields)
+    recorded = Recording.of(config)
+    main.train_and_evaluate(recorded, tmp_path / f'{i}')
+  return {field for field, _ in config_lib.leaves(config)} - Recording.read
+
+
+def test_every_field_is_read(tmp_path, monkeypatch):
+  config = default_config()
+  with config.unlocked():
+    config.batch_size, config.epochs, config.schedule.warmup_epochs = 8, 1, 0.5
+    config.model.features, config.data.image_size = (4,), 8
+    config.log.report, config.augment.shift = False, 1
+    config.nothing_reads_this = 1
+  assert _unread(tmp_path, monkeypatch, config) == {'nothing_reads_this'}
+
+
+# Overrides ----------------------------------------------------------------------------------------
+
+
+def test_overrides_have_two_forms_and_the_last_counts():
+  config = config_lib.override(
+    default_config(),
+    [
+      '--config.model.features=(8,)',
+      '--config.model.features',
+      '(16, 4)',
+      '--config.seed',
+      '3',
+      '--noconfig.log.report',
+    ],
+  )
+  assert config.model.features == (16, 4)
+  assert config.seed == 3
+  assert config.log.report is False
+  assert default_config().seed == 0
+
+
+def test_two_loads_in_one_process_are_independent():
+  file = f'{ROOT}/configs/digits.py'
+  first = config_lib.load(file, ['--config.epochs=3'])
+  second = config_lib.load(file)
+  assert (first.epochs, second.epochs) == (3, 30)
+
+
+def test_another_network_brings_its_own_fields(tmp_path, monkeypatch):
+  (tmp_path / 'other.py').write_text(
+    'from ml_collections import ConfigDict\n'
+    'RULES = {"depth": "positive"}\n'
+    'def default_config():\n'
+    '  return ConfigDict({"depth": 3, "frozen_stages": 0, "dtype": "float32"})\n'
+  )
+  monkeypatch.setattr(models, '__path__', [*models.__path__, str(tmp_path)])
+  config = config_lib.override(default_config(), ['--config.model.depth=4', '--config.model.name=other'])
+  assert config.model.to_dict() == {'name': 'other', 'depth': 4, 'frozen_stages': 0, 'dtype': 'float32'}
+  with pytest.raises(UsageError, match='features'):
+    config_lib.override(default_config(), ['--config.model.name=other', '--config.model.features=(4,)'])
+  assert config_lib.vary(default_config(), {'model.name': 'other', 'model.depth': 2}).model.depth == 2
+  with pytest.raises(UsageError, match='config.model.depth is 0; it must be greater than zero'):
+    config_lib.vary(default_config(), {'model.name': 'other', 'model.depth': 0})
+
+
+def test_the_networks_are_files_of_the_folder():
+  assert 'cnn' in models.names()
+  assert 'layers' not in models.names()
+  for name in ('layers', 'os.path', '../train', ''):
+    with pytest.raises(UsageError, match=f'config.model.name is {name!r}; it must be one of: cnn'):
+      models.default_config(name)
+
+
+@pytest.mark.parametrize(
+  ('body', 'message'),
+  [
+    ('raise OSError("no such thing")', 'OSError: no such thing'),
+    ('get_config = lambda: 3', 'returned a int; it must return a ConfigDict'),
+    ('def get_config(:', 'SyntaxError'),
+    ('from cnn_jax.config import default_config as get_config\nimport nowhere', "No module named 'nowhere'"),
+  ],
+)
+def test_a_config_file_that_fails_is_one_line(tmp_path, body, message):
+  (tmp_path / 'mine.py').write_text(body)
+  with pytest.raises(UsageError, match='mine.py') as error:
+    config_lib.load(str(tmp_path / 'mine.py'))
+  assert message in str(error.value)
+
+
+def test_variants_of_a_config_file(tmp_path):
+  with pytest.raises(UsageError, match='best'):
+    config_lib.load(f'{ROOT}/configs/mnist.py:bset')
+  assert config_lib.load(f'{ROOT}/configs/mnist.py:best').epochs == 12
+
+
+# Records ------------------------------------------------------------------------------------------
+
+
+def test_a_config_of_an_earlier_version_is_translated():
+  old = default_config().to_dict()
+  old['model'] = {name: value for name, value in old['model'].items() if name not in ('name', 'frozen_stages')}
+  old['model']['frozen_blocks'] = 2
+  del old['log']['trackers']
+  config = config_lib.from_record(old)
+  config_lib.check(config)
+  assert config.model.name == 'cnn'
+  assert config.model.frozen_stages == 2
+  assert config.log.trackers == ()
+  with pytest.raises(UsageError, match='config.model is 3; it must be an object'):
+    config_lib.from_record({'model': 3})
+
+
+# Checks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,7 +195,12 @@ def test_every_field_is_read():
     ('seed', 1.5, 'config.seed is 1.5, a float; it must be a int'),
     ('log.tensorboard', 1, 'config.log.tensorboard is 1, a int; it must be a bool'),
     ('model.pool', 'mean', 'one of: max, avg, none'),
-    ('model.features', (), 'channels of each block'),
+    ('model.features', (), 'one or more whole numbers greater than zero'),
+    ('model.features', (8, 0), 'one or more whole numbers'),
+    ('model.features', (8, True), 'one or more whole numbers'),
+    ('model.features', ('8',), 'one or more whole numbers'),
+    ('log.trackers', ('wandb', 'tensorbord'), "holds 'tensorbord'; the trackers are: wandb, mlflow"),
+    ('model.frozen_stages', -1, 'must not be negative'),
     ('model.dropout', 1.0, 'less than 1'),
     ('optimizer.learning_rate', float('nan'), 'finite'),
     ('schedule.warmup_epochs', 12.0, 'must end before'),
@@ -108,15 +242,24 @@ def test_batches_divide_over_devices():
 
 def test_the_config_fits_the_data():
   config = default_config()
-  config_lib.check_data(config, 128, 28, 28)
+  config_lib.check_data(config, 128, 10, (28, 28, 1))
   with pytest.raises(UsageError, match='127 training images'):
-    config_lib.check_data(config, 127, 28, 28)
+    config_lib.check_data(config, 127, 10, (28, 28, 1))
   config.augment.shift = 28
   with pytest.raises(UsageError, match='28x28 pixels'):
-    config_lib.check_data(config, 128, 28, 28)
+    config_lib.check_data(config, 128, 10, (28, 28, 1))
   config.augment.shift = 0
   with pytest.raises(UsageError, match='at least 4 pixels'):
-    config_lib.check_data(config, 128, 3, 28)
+    config_lib.check_data(config, 128, 10, (3, 28, 1))
+
+
+def test_the_warm_up_ends_before_the_training_of_the_data_at_hand():
+  config = default_config()
+  config.epochs, config.min_steps, config.schedule.warmup_epochs = 1, 40, 2.0
+  config_lib.check(config)
+  config_lib.check_data(config, 1280, 10, (28, 28, 1))  # 10 steps per epoch: 4 epochs
+  with pytest.raises(UsageError, match=r'warmup_epochs is 2.0 of 1 epochs'):
+    config_lib.check_data(config, 128 * 40, 10, (28, 28, 1))
 
 
 def test_durations_are_derived_from_the_data():

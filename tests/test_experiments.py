@@ -1,44 +1,209 @@
-"""The measuring programs run and measure what they say; the figures themselves are in experiments/."""
+"""The experiments train, resume, and do to data and configs what their pages claim; their results are in the READMEs."""
 
 import json
 
-from experiments.scaling import run as scaling
-from experiments.start_up import run as start_up
-from tests.conftest import run_command
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax import UsageError, inspect, models
+from cnn_jax import config as config_lib
+from cnn_jax.config import default_config
+from cnn_jax.run import Run
+from experiments.depth_and_receptive_field import run as depth
+from experiments.head import run as head
+from experiments.label_noise import run as label_noise
+from experiments.learning_rate_batch_size import run as learning_rate_batch_size
+from experiments.mnist_accuracy import run as mnist_accuracy
+from experiments.small_model import run as small_model
+from experiments.training_set_size import run as training_set_size
+from tests.helpers import call_command
+
+SMALL = ['--config.model.features=(4,)', '--config.model.convs_per_block=1', '--config.model.norm=none']
+QUICK = [
+  '--config.data.source=bundled', '--config.data.name=digits', '--config.data.test=0.2', '--config.epochs=1',
+  '--config.schedule.warmup_epochs=0.5', '--config.batch_size=64', *SMALL,
+]  # fmt: skip
+# Each with the arguments that make it quick, and the rows of results that it then has.
+EXPERIMENTS = {
+  mnist_accuracy: (['--seeds=2'], 2),
+  small_model: (['--seeds=2'], None),
+  head: (['--seeds=1'], 2 * 9 + 5),
+  depth: (['--seeds=1', '--images=200', '--config.model.features=(4, 8)'], 2),
+  training_set_size: (['--seeds=1', '--sizes=128,256', '--steps=4'], 2 * 2),
+  label_noise: (['--seeds=1', '--size=128'], 2 * 2),
+}
 
 
-def test_scaling_measures_a_point():
-  point = scaling.BASE | {'batch_size': 16, 'width': 4, 'depth': 2, 'examples': 64, 'devices': 2}
-  done = run_command(
-    'experiments.scaling.run', '--worker', json.dumps(point), '--seconds', '0.2',
-    XLA_FLAGS='--xla_force_host_platform_device_count=2',
-  )  # fmt: skip
+@pytest.mark.parametrize('module', EXPERIMENTS, ids=lambda module: module.__name__)
+def test_an_experiment_runs_and_resumes(module, tmp_path, monkeypatch):
+  monkeypatch.setattr(label_noise, 'SHARES', (0.0, 0.4))
+  more, rows = EXPERIMENTS[module]
+  arguments = [module.__name__, *QUICK, *more, f'--workdir={tmp_path / "runs"}']
+  done = call_command(*arguments, f'--output={tmp_path / "output"}')
   assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout.splitlines()[-1])
-  assert found['images_per_second'] > 0
-  assert found['peak_mb'] > 50
+  assert '| --- |' in done.stdout
+  assert (' ± ' in done.stdout) == ('--seeds=2' in more)
+  found = json.loads((tmp_path / 'output' / 'results.json').read_text())
+  assert found['dataset'].startswith('Digits')
+  assert found['commit'] and found['versions']['jax'] == jax.__version__
+  if rows:
+    assert len(found['measurements']) == rows
+  if module is depth:  # 3 for a convolution; pooling adds 1 and a second convolution two strides of 2
+    assert [one['receptive_field'] for one in found['measurements']] == [3, 8]
+  assert (tmp_path / 'output' / 'figure.png').stat().st_size > 10_000
+  again = call_command(*arguments)
+  assert 'is complete' in again.stdout
+  assert 'epoch 1/' not in again.stdout
+  assert again.stdout[again.stdout.index('| --- |') :] == done.stdout[done.stdout.index('| --- |') :]
 
 
-def test_scaling_draws_its_axes(tmp_path):
-  rows = [
-    {'axis': axis, 'value': value, 'images_per_second': 10.0 * value, 'peak_mb': 300.0, 'n': 1}
-    for axis, values in scaling.POINTS.items()
-    for value in values
-  ]
-  scaling._plot(rows, tmp_path / 'plot.png')
-  assert (tmp_path / 'plot.png').stat().st_size > 10_000
+@pytest.mark.parametrize(('module', 'num_validation'), [(mnist_accuracy, 239), (small_model, 143)])
+def test_candidates_are_compared_without_the_test(module, num_validation, tmp_path, monkeypatch):
+  monkeypatch.setattr(module, 'CANDIDATES', {'as it is': {'optimizer.learning_rate': 0.3}})
+  more = ['--select=1', '--seeds=1', f'--workdir={tmp_path / "runs"}', f'--output={tmp_path / "output"}']
+  done = call_command(module.__name__, *QUICK, *more)
+  assert done.returncode == 0, done.stderr
+  assert '| **as it is** |' in done.stdout
+  (result,) = (json.loads(path.read_text()) for path in tmp_path.rglob('result.json'))
+  assert 'test_accuracy' not in result
+  selection = json.loads((tmp_path / 'output' / 'results.json').read_text())['selection']
+  assert selection['num_validation'] == result['num_validation'] == num_validation
+  assert selection['candidates'][0]['validation_accuracy']['values'] == [result['validation_accuracy']]
 
 
-def test_start_up_finds_the_first_step(tmp_path):
-  seconds = start_up.first_step('configs/digits.py', tmp_path / 'run', tmp_path / 'cache')
-  assert 0.5 < seconds < 120
-  line = json.loads((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()[0])
-  assert line['step'] == 1
+def test_the_sweeps_select_on_validation(tmp_path):
+  pytest.importorskip('optuna')
+  more = ['--trials=2', '--seeds=1', f'--workdir={tmp_path / "runs"}', f'--output={tmp_path / "output"}']
+  done = call_command(learning_rate_batch_size.__name__, *QUICK[3:5], *SMALL, *more)
+  assert done.returncode == 0, done.stderr
+  assert 'Selected: batch size' in done.stdout
+  found = json.loads((tmp_path / 'output' / 'results.json').read_text())
+  assert (len(found['measurements']), found['seeds'], found['chosen']['seeds']) == (2, [0], [1])
+  assert (tmp_path / 'output' / 'figure.png').stat().st_size > 10_000
+  runs = {path: json.loads(path.read_text()) for path in tmp_path.rglob('result.json')}
+  assert {('test_accuracy' in run, run['seed'], 'chosen' in str(path)) for path, run in runs.items()} == {
+    (False, 0, False),
+    (True, 1, True),
+  }
 
 
-def test_start_up_attributes_imports():
-  found = start_up.imports()
-  assert found['jax'] > 0.1
-  assert found['all'] >= max(found['jax'], found['flax'])
-  # What only reports and sources need is not imported before they do.
-  assert not {'matplotlib', 'sklearn', 'tensorflow_datasets'} & set(found)
+@pytest.mark.parametrize('module', [*EXPERIMENTS, learning_rate_batch_size], ids=lambda module: module.__name__)
+def test_help_describes_the_experiment(module):
+  done = call_command(module.__name__, '--help')
+  assert done.returncode == 0
+  assert f'python -m {module.__name__}' in done.stdout
+  assert '--seeds' in done.stdout
+
+
+def test_the_selected_cell():
+  def cell(*pairs):
+    return [{'accuracy': accuracy, 'loss': loss} for accuracy, loss in pairs]
+
+  cells = {
+    (16, 0.1): cell((0.9, 0.4), (0.8, 0.5)),
+    (32, 0.1): cell((0.8, 0.3), (0.9, 0.4)),  # as accurate, with less loss
+    (64, 0.1): cell((1.0, 0.1), (0.0, np.inf)),  # the best single seed, but the other one diverged
+  }
+  assert learning_rate_batch_size.best(cells) == (32, 0.1)
+
+
+# Data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('share', [0.0, 0.1, 0.4, 1.0])
+def test_wrong_labels_are_an_exact_share(share):
+  labels = np.repeat(np.arange(10, dtype=np.int32), 500)
+  wrong = label_noise.wrong_labels(labels, share, 10, 0)
+  assert np.sum(wrong != labels) == round(share * 5000)
+  assert wrong.dtype == np.int32
+  assert wrong.min() >= 0 and wrong.max() < 10
+  np.testing.assert_array_equal(wrong, label_noise.wrong_labels(labels, share, 10, 0))
+
+
+def test_wrong_labels_are_any_of_the_others():
+  labels = np.repeat(np.arange(10, dtype=np.int32), 5000)
+  wrong = label_noise.wrong_labels(labels, 1.0, 10, 3)
+  counts = np.bincount(10 * labels + wrong, minlength=100).reshape(10, 10)
+  assert np.all(np.diag(counts) == 0)
+  # 5000 / 9 of each, with a standard deviation of 22.
+  others = counts[~np.eye(10, dtype=bool)]
+  assert np.all(np.abs(others - 5000 / 9) < 6 * 22)
+  few, many = (label_noise.wrong_labels(labels, share, 10, 3) for share in (0.1, 0.4))
+  changed = few != labels
+  np.testing.assert_array_equal(few[changed], many[changed])
+  assert not np.array_equal(few, label_noise.wrong_labels(labels, 0.1, 10, 4))
+
+
+def test_shifted_images_are_filled_with_black():
+  image = np.arange(1, 10, dtype=np.uint8).reshape(1, 3, 3, 1)
+  assert head.shifted(image, 1, 0)[0, :, :, 0].tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
+  assert head.shifted(image, 0, -1)[0, :, :, 0].tolist() == [[2, 3, 0], [5, 6, 0], [8, 9, 0]]
+  assert head.shifted(image, -2, 1)[0, :, :, 0].tolist() == [[0, 7, 8], [0, 0, 0], [0, 0, 0]]
+  np.testing.assert_array_equal(head.shifted(image, 0, 0), image)
+
+
+def test_canvases_hold_the_whole_image():
+  images = np.random.default_rng(0).integers(1, 256, (50, 4, 4, 1)).astype(np.uint8)
+  middle = head.on_canvas(images, 8)
+  np.testing.assert_array_equal(middle[:, 2:6, 2:6], images)
+  anywhere = head.on_canvas(images, 8, seed=0)
+  for canvases in (middle, anywhere):
+    assert canvases.shape == (50, 8, 8, 1)
+    np.testing.assert_array_equal(canvases.sum((1, 2, 3)), images.sum((1, 2, 3)))
+  corners = {tuple(np.argwhere(canvas[:, :, 0])[0]) for canvas in anywhere}
+  assert {row for row, _ in corners} == {column for _, column in corners} == set(range(5))
+  np.testing.assert_array_equal(anywhere, head.on_canvas(images, 8, seed=0))
+
+
+@pytest.mark.parametrize(('size', 'epochs'), [(100, 600), (3000, 20), (60_000, 1)])
+def test_every_size_takes_the_same_steps(size, epochs):
+  config = training_set_size.with_steps(training_set_size.recipe(), size, 600)
+  assert config.epochs == epochs
+  assert config.schedule.warmup_epochs * (size // config.batch_size) == pytest.approx(120)
+
+
+def test_steps_that_are_not_whole_epochs_are_refused():
+  with pytest.raises(UsageError, match='600 steps with batches of 100 are not a whole number of epochs of 54000'):
+    training_set_size.with_steps(training_set_size.recipe(), 54_000, 600)
+
+
+# Networks ---------------------------------------------------------------------------------------
+
+
+def test_the_deepest_receptive_field_by_hand():
+  # A 3x3 convolution adds two strides and a pooling one; each pooling doubles the stride; the last stage has none.
+  assert 1 + (2 + 1) + 2 * (2 + 1) + 4 * (2 + 1) + 8 * 2 == 38
+  assert depth.field_side(models.create(depth.recipe().model, 10), 28) == 38
+
+
+def test_patches_are_cut_where_the_channel_is_excited():
+  config = config_lib.vary(default_config(), {'model.features': (1, 1), 'model.norm': 'none'})
+  model = models.create(config.model, 2)
+  variables = jax.tree.map(np.array, models.init(model, jax.random.key(0), (8, 8, 1)))
+  first, *_ = (layer.path for layer in inspect.layer_table(model, (8, 8, 1)))
+  kernel = variables['params']
+  for name in (*first, 'kernel'):
+    kernel = kernel[name]
+  kernel[:] = 0
+  kernel[1, 1] = 1  # the maps of the first stage are the image, pooled
+  run = Run(config, model, variables, ('a', 'b'), (8, 8, 1), '', 0, None)
+  # Dark but for one pixel each, brighter from image to image.
+  images = np.zeros((64, 8, 8, 1), np.uint8)
+  for i in range(64):
+    images[i, i // 8, i % 8] = 150 + i
+  (patches,) = depth.strongest_patches(run, images)['stage1']
+  assert patches.shape == (9, 4, 4)
+  np.testing.assert_allclose(np.max(patches, axis=(1, 2)), np.arange(213, 204, -1) / 255, rtol=1e-6)
+  # The pixel lies in the middle 2x2 that are pooled, and the last one in the corner of the image.
+  assert patches[0, 2, 2] == np.float32(213 / 255)
+  assert np.all(patches[0, 3] == depth.OUTSIDE) and np.all(patches[0, :, 3] == depth.OUTSIDE)
+  assert np.all(patches[0, :3, :3] >= 0)
+
+
+@pytest.mark.parametrize('module', [small_model, mnist_accuracy], ids=lambda module: module.__name__)
+def test_every_candidate_is_valid_and_small_enough(module):
+  config = config_lib.load(module.CONFIG)
+  for name, fields in module.CANDIDATES.items():
+    model = models.create(config_lib.vary(config, fields).model, 10)
+    assert models.num_parameters(models.init_shapes(model, (28, 28, 1))['params']) < module.LIMIT, name

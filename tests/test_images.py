@@ -1,11 +1,16 @@
+"""Image files of every mode, depth and format; sizes and channels; one clear error for each unusable file."""
+
+import importlib
 import io
 import struct
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cnn_jax import UsageError
+from cnn_jax.data import images
 from cnn_jax.data.images import IMAGE_FORMATS, load_image, resize_image
 
 GREY = np.random.default_rng(0).integers(0, 256, (6, 9), dtype=np.uint8)
@@ -22,7 +27,7 @@ def encoded(image, format='PNG', **options):
 @pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'TGA', 'GIF', 'WEBP', 'JPEG2000'])
 def test_lossless_formats_give_the_pixels_back(format):
   options = {'WEBP': {'lossless': True}}.get(format, {})
-  if format != 'GIF':  # which has palettes only
+  if format != 'GIF':  # it has only palettes
     np.testing.assert_array_equal(load_image(encoded(RGB, format, **options)), RGB)
   grey = load_image(encoded(GREY, format, **options), channels=1)
   assert grey.shape == (6, 9, 1) and grey.dtype == np.uint8
@@ -102,23 +107,23 @@ def test_other_colour_spaces_become_rgb(mode):
 
 def test_exif_orientation_is_applied():
   exif = Image.Exif()
-  exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+  exif[0x0112] = 6  # the camera was turned: display with a quarter turn clockwise
   np.testing.assert_array_equal(load_image(encoded(RGB, exif=exif)), np.rot90(RGB, -1))
   np.testing.assert_array_equal(load_image(encoded(RGB, 'TIFF', exif=exif)), np.rot90(RGB, -1))
 
 
-def test_of_an_animation_the_first_frame_counts():
+def test_the_first_frame_of_an_animation_is_used():
   frames = [Image.new('L', (4, 4), level) for level in (10, 200)]
   stream = encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])
   assert (load_image(stream) == 10).all()
 
 
 @pytest.mark.parametrize('resize', ['crop', 'pad', 'stretch'])
-def test_the_size_wanted_already_is_not_resampled(resize):
+def test_an_image_of_the_requested_size_is_not_resampled(resize):
   np.testing.assert_array_equal(load_image(encoded(RGB), size=(6, 9), resize=resize), RGB)
 
 
-def test_crop_keeps_the_centre_pad_the_whole_and_stretch_gives_up_the_aspect():
+def test_crop_keeps_the_centre_pad_the_whole_image_and_stretch_changes_the_aspect_ratio():
   # Three squares in a row: black, grey, white.
   wide = np.repeat(np.repeat(np.array([[0, 128, 255]], np.uint8), 8, 0), 8, 1)[..., None]
   assert (resize_image(wide, 8, 'crop') == 128).all()
@@ -166,8 +171,17 @@ def test_a_decompression_bomb_is_an_error_before_it_is_decoded():
   header = b'P5 20000 10000 255\n'
   with pytest.raises(UsageError, match='pixels; make it smaller'):
     load_image(io.BytesIO(header))
-  with pytest.raises(UsageError, match='pixels; make it smaller'):
-    load_image(io.BytesIO(b'P5 9500 9500 255\n'))  # where Pillow alone would only warn
+  for action in ('ignore', 'error'):  # between its limit and twice its limit Pillow alone would only warn
+    with warnings.catch_warnings():
+      warnings.simplefilter(action)
+      with pytest.raises(UsageError, match='pixels; make it smaller'):
+        load_image(io.BytesIO(b'P5 9500 9500 255\n'))
+
+
+def test_importing_the_module_does_not_change_the_filters_of_warnings():
+  before = list(warnings.filters)
+  importlib.reload(images)
+  assert list(warnings.filters) == before
 
 
 def test_formats_that_start_other_programs_are_not_listed():

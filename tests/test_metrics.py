@@ -1,26 +1,30 @@
+"""Losses and metrics, by cases computed by hand."""
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnn_jax import metrics
+from cnn_jax import Diverged, metrics
+
+pytestmark = pytest.mark.usefixtures('strict')
 
 
 def test_constant_logits_score_exactly_one_class():
   labels = np.arange(16, dtype=np.int32) % 8
-  found = metrics.classification_metrics(np.zeros((16, 8), np.float32), labels)
-  assert found['accuracy'] == 2 / 16  # argmax of equals is class 0, which has two examples
-  assert found['loss'] == pytest.approx(np.log(8), rel=1e-12)
+  result = metrics.classification_metrics(np.zeros((16, 8), np.float32), labels)
+  assert result['accuracy'] == 2 / 16  # argmax of equal logits is class 0, which has two examples
+  assert result['loss'] == pytest.approx(np.log(8), rel=1e-12)
 
 
 def test_top5_by_hand():
-  logits = np.tile(np.arange(10.0), (3, 1))  # classes 5...9 are the top five
+  logits = np.tile(np.arange(10.0), (3, 1))  # the top five are classes 5 to 9
   assert metrics.classification_metrics(logits, np.array([9, 5, 4]))['top5_accuracy'] == pytest.approx(2 / 3)
   assert metrics.classification_metrics(np.zeros((1, 3)), np.array([2]))['top5_accuracy'] == 1
 
 
 def test_loss_of_huge_logits_is_finite_and_exact():
-  found = metrics.classification_metrics(np.array([[1e4, 0.0]]), np.array([1]))
-  assert found['loss'] == pytest.approx(1e4)
+  result = metrics.classification_metrics(np.array([[1e4, 0.0]]), np.array([1]))
+  assert result['loss'] == pytest.approx(1e4)
 
 
 def test_no_examples_is_an_error():
@@ -42,8 +46,27 @@ def test_smoothing_and_cross_entropy_by_hand():
   np.testing.assert_allclose(metrics.cross_entropy(logits, labels), [expected], rtol=1e-5)
 
 
-def test_training_sums_count_the_largest_label():
+def test_training_sums_compare_with_the_largest_label():
   sums = metrics.training_sums(
     jnp.array([1.0, 2.0]), jnp.array([[2.0, 1.0], [0.0, 1.0]]), jnp.array([[0.6, 0.4], [1, 0]])
   )
   assert {name: float(value) for name, value in sums.items()} == {'loss': 3.0, 'accuracy': 1.0, 'count': 2.0}
+
+
+def test_check_finite_names_the_step():
+  metrics.check_finite(np.array([1.0, 2.0]), first_step=0)
+  with pytest.raises(Diverged, match='the loss of step 1,002 is nan; lower config.optimizer.learning_rate'):
+    metrics.check_finite(np.array([1.0, np.nan, np.inf]), first_step=1000)
+
+
+def test_windows_make_a_log_point_every_few_steps_and_at_the_end_of_an_epoch():
+  windows = metrics.Windows(size=2, steps_per_epoch=3)
+  names = ('loss', 'accuracy', 'count', 'learning_rate', 'gradient_norm')
+
+  def steps(*losses):
+    return {name: np.array([{'loss': loss, 'count': 1}.get(name, 1) for loss in losses], np.float32) for name in names}
+
+  assert [(step, point['loss']) for step, point in windows.add(0, steps(1, 3, 5))] == [(2, 2.0), (3, 5.0)]
+  assert windows.add(3, steps(7)) == []
+  resumed = metrics.Windows(size=2, steps_per_epoch=3, pending=windows.pending)
+  assert [(step, point['loss']) for step, point in resumed.add(4, steps(9))] == [(5, 8.0)]

@@ -1,50 +1,44 @@
-"""The record of a run: one owner, one config, the same bytes however often it was interrupted."""
+"""The record of a run: one owner, one config, and files that are whole."""
 
-import contextlib
-import itertools
 import json
 import os
-import pty
+import pathlib
+import platform
 import re
-import resource
 import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
-from cnn_jax import UsageError, record
+import cnn_jax
+from cnn_jax import UsageError, environment, record
 from cnn_jax import config as config_lib
-from cnn_jax import progress as progress_lib
-
-
-@contextlib.contextmanager
-def largest_file(num_bytes):
-  """A disk that is nearly full, as far as this process can tell."""
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
+from tests.helpers import largest_file
 
 # --- the lock
 
 
+# What `record.lock` does, in a process that starts faster because it does not import the project.
+OWNER = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], 'w')
+fcntl.flock(file, fcntl.LOCK_EX)
+print(os.getpid(), file=file, flush=True)
+print('held', flush=True)
+time.sleep(60)
+"""
+
+
 def test_a_workdir_has_one_owner_until_that_process_dies(tmp_path):
   workdir = tmp_path / 'runs' / 'a'
-  code = 'import sys, time; from cnn_jax import record\nwith record.lock(sys.argv[1]): print("held", flush=True); time.sleep(60)'
-  with subprocess.Popen([sys.executable, '-c', code, str(workdir)], stdout=subprocess.PIPE, text=True) as owner:
+  with record.lock(workdir):
+    assert (workdir / '.lock').read_text() == f'{os.getpid()}\n'
+  arguments = [sys.executable, '-c', OWNER, str(workdir / '.lock')]
+  with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as owner:
     try:
       assert owner.stdout.readline() == 'held\n'
       with pytest.raises(UsageError, match=f'{workdir} is in use by process {owner.pid}'), record.lock(workdir):
@@ -64,6 +58,30 @@ def test_the_lock_ends_with_its_context(tmp_path):
     raise ZeroDivisionError
   with record.lock(tmp_path):
     pass
+
+
+@pytest.mark.parametrize('owner', ['', 'x', '9' * 50, '\udcff', '1\n2'])
+def test_an_unreadable_owner_is_another_process(tmp_path, owner):
+  with record.lock(tmp_path):
+    (tmp_path / '.lock').write_text(owner, errors='surrogateescape')
+    with pytest.raises(UsageError, match='is in use by another process'), record.lock(tmp_path):
+      pass
+
+
+def test_a_planted_lock_is_refused_and_its_target_unharmed(tmp_path):
+  victim = tmp_path / 'victim'
+  victim.write_text('precious')
+  for plant, message in (
+    (lambda path: path.symlink_to(victim), r'\.lock is a link; remove it'),
+    (os.mkfifo, r'\.lock is not a regular file; remove it'),
+    (os.mkdir, 'cannot write to .*: Is a directory'),
+  ):
+    workdir = tmp_path / plant.__name__
+    workdir.mkdir()
+    plant(workdir / '.lock')
+    with pytest.raises(UsageError, match=message), record.lock(workdir):
+      pass
+  assert victim.read_text() == 'precious'
 
 
 def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path):
@@ -95,26 +113,22 @@ def test_a_config_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
-    ('epochs', 13, 'config.epochs is 13, but the run in .* began with 12'),
+    ('epochs', 13, 'config.epochs is 13, but the run in .* was started with 12'),
     ('model__features', (32, 64), r'config.model.features is \[32, 64\], but .* \[32, 64, 128\]'),
-    ('data__dir', 'x', "config.data.dir is 'x', but .* began with ''"),
+    ('data__dir', 'x', "config.data.dir is 'x', but .* was started with ''"),
   ],
 )
 def test_resuming_with_another_config_names_the_field(tmp_path, field, value, message):
   record.write_config(tmp_path, config_lib.default_config())
-  before = (tmp_path / 'config.json').read_bytes()
-  for check in (record.check_config, record.write_config):
-    with pytest.raises(UsageError, match=f'{message}; use another --workdir'):
-      check(tmp_path, changed(**{field: value}))
-  assert (tmp_path / 'config.json').read_bytes() == before
+  with pytest.raises(UsageError, match=f'{message}; use another --workdir'):
+    record.check_config(tmp_path, changed(**{field: value}))
 
 
-def test_what_is_only_written_down_may_change(tmp_path):
-  record.check_config(tmp_path, changed())  # nothing there yet
+def test_what_is_recorded_and_kept_may_change(tmp_path):
+  record.check_config(tmp_path, changed())  # nothing is there yet
   record.write_config(tmp_path, changed())
-  record.write_config(tmp_path, changed())
-  record.write_config(tmp_path, changed(log__every_steps=3, checkpoint__keep=5))
-  assert record.load_config(tmp_path).checkpoint.keep == 5
+  record.check_config(tmp_path, changed())
+  record.check_config(tmp_path, changed(log__every_steps=3, checkpoint__keep=5))
 
 
 def test_a_field_newer_than_the_run_had_its_default(tmp_path):
@@ -122,7 +136,7 @@ def test_a_field_newer_than_the_run_had_its_default(tmp_path):
   del values['seeds'], values['augment']['cutmix']
   record.write_json(tmp_path / 'config.json', values)
   record.check_config(tmp_path, changed())
-  with pytest.raises(UsageError, match='config.seeds is 2, but the run in .* began with 1'):
+  with pytest.raises(UsageError, match='config.seeds is 2, but the run in .* was started with 1'):
     record.check_config(tmp_path, changed(seeds=2))
 
 
@@ -136,13 +150,40 @@ def test_a_config_file_that_is_wrong_is_named(tmp_path):
     ('{"epoch": 12}', 'config.epoch is not a field; did you mean config.epochs'),
     ('{"model": {"head": 3}}', 'config.model.head is 3'),
     ('{"model": 3}', 'config.model is 3'),
+    ('{"model": {"a.b": 3}}', 'a.b'),
+    ('{"epochs": "many"}', "config.epochs is 'many'"),
   ):
     file.write_text(text)
-    with pytest.raises(UsageError, match=message) as caught:
-      record.load_config(tmp_path)
-    assert str(file) in str(caught.value)
+    for read in (record.load_config, lambda workdir: record.check_config(workdir, changed())):
+      with pytest.raises(UsageError, match=message) as caught:
+        read(tmp_path)
+      assert str(file) in str(caught.value)
+      assert '\n' not in str(caught.value)
   file.write_text('{"epochs": 5}')  # a run from before the other fields were there
   assert record.load_config(tmp_path).to_dict() == changed(epochs=5).to_dict()
+
+
+def test_a_field_of_a_later_version_names_that_version(tmp_path):
+  record.write_json(tmp_path / 'config.json', changed().to_dict() | {'hologram': True})
+  record.write_environment(tmp_path)
+  environment = json.loads((tmp_path / 'environment.json').read_text())
+  environment['versions']['cnn_jax'] = '7.0'
+  record.write_json(tmp_path / 'environment.json', environment)
+  expected = f'config.hologram is not a field; .*Version 7.0 of cnn_jax wrote this workdir; this is version {cnn_jax.__version__}'
+  for read in (record.load_config, lambda workdir: record.check_config(workdir, changed())):
+    with pytest.raises(UsageError, match=expected):
+      read(tmp_path)
+  for damage in ('{', '{}', '{"versions": 3}', '{"versions": {"cnn_jax": 7}}'):  # then the version is unknown
+    (tmp_path / 'environment.json').write_text(damage)
+    with pytest.raises(UsageError, match='config.hologram is not a field') as caught:
+      record.load_config(tmp_path)
+    assert 'wrote this workdir' not in str(caught.value)
+
+
+def test_the_workdir_of_several_seeds_names_those_of_each(tmp_path):
+  record.write_config(tmp_path, changed(seed=3, seeds=2))
+  with pytest.raises(UsageError, match='holds the runs of 2 seeds; give one of .*seed_00003 to seed_00004 instead'):
+    record.load_config(tmp_path)
 
 
 # --- environment.json and result.json
@@ -168,10 +209,61 @@ def test_the_environment_says_what_ran_and_keeps_earlier_starts(tmp_path):
   assert 'runs' not in third['runs'][1]
 
 
+def git_of(workdir):
+  record.write_environment(workdir)
+  return json.loads((workdir / 'environment.json').read_text())['git']
+
+
 def test_without_git_the_environment_has_none(tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
+  assert git_of(tmp_path) is None
+
+
+def test_git_is_that_of_the_code_and_dirty_if_the_code_has_changed(tmp_path, monkeypatch):
+  def git(*arguments):
+    subprocess.run(['git', '-c', 'user.name=x', '-c', 'user.email=x', *arguments], cwd=tmp_path, check=True)
+
+  package = tmp_path / 'cnn_jax'
+  package.mkdir()
+  (package / '__init__.py').write_text('')
+  git('init', '--quiet')
+  git('add', '.')
+  git('commit', '--quiet', '--message=x')
+  monkeypatch.setattr(cnn_jax, '__file__', str(package / '__init__.py'))
+  (tmp_path / 'runs').mkdir()
+  assert git_of(tmp_path / 'runs')['dirty'] is False  # the run's own files are no change of the code
+  (package / 'new.py').write_text('')
+  assert git_of(tmp_path / 'runs')['dirty'] is True
+  inside = tmp_path / 'site' / 'cnn_jax'
+  inside.mkdir(parents=True)
+  monkeypatch.setattr(cnn_jax, '__file__', str(inside / '__init__.py'))
+  assert git_of(tmp_path / 'runs') is None  # another project's checkout
+
+
+def test_a_system_without_proc_has_pythons_word_for_its_processor(monkeypatch):
+  real = pathlib.Path.read_text
+
+  def read_text(path, **arguments):
+    if str(path) == '/proc/cpuinfo':
+      raise FileNotFoundError
+    return real(path, **arguments)
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', read_text)
+  monkeypatch.setattr(platform, 'processor', lambda: 'arm')
+  assert environment.describe()['cpu'] == 'arm'
+
+
+def test_a_password_is_not_recorded(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, 'orig_argv', ['python', '--storage=postgresql://me:se:cret/x@host:5432/db', 'a@b', 'c d'])
   record.write_environment(tmp_path)
-  assert json.loads((tmp_path / 'environment.json').read_text())['git'] is None
+  command = json.loads((tmp_path / 'environment.json').read_text())['command']
+  assert command == "python '--storage=postgresql://me:***@host:5432/db' a@b 'c d'"
+
+
+def test_damaged_earlier_starts_are_dropped(tmp_path):
+  (tmp_path / 'environment.json').write_text('{"runs": 3, "command": "x"}')
+  record.write_environment(tmp_path)
+  assert json.loads((tmp_path / 'environment.json').read_text())['runs'] == [{'command': 'x'}]
 
 
 def test_a_result_is_plain_json(tmp_path):
@@ -187,230 +279,8 @@ def test_a_result_is_plain_json(tmp_path):
   }  # fmt: skip
 
 
-def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_the_old_result(tmp_path):
   record.write_result(tmp_path, {'a': 1})
   with largest_file(1000), pytest.raises(UsageError, match=r'cannot write to .*result.json: File too large'):
     record.write_result(tmp_path, {'a': list(range(1000))})
   assert record.read_result(tmp_path) == {'a': 1}
-
-  def killed(*_):
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(record.os, 'fsync', killed)
-  with pytest.raises(KeyboardInterrupt):
-    record.write_result(tmp_path, {'a': 2})
-  assert record.read_result(tmp_path) == {'a': 1}
-
-
-# --- metrics.jsonl, timing.jsonl, TensorBoard
-
-
-def lines(workdir, name='metrics.jsonl'):
-  return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-
-
-def append(recorder, steps):
-  for step in steps:
-    values = {'loss': np.float32(1) / step, 'accuracy': 0.1 * step}
-    recorder.append(step, 1 + step // 4, 'train', values, {'images_per_second': 1e4})
-    if step % 2 == 0:
-      recorder.append(step, 1 + step // 4, 'validation', {'accuracy': 1 / step})
-
-
-def test_a_line_is_what_was_measured_exactly(tmp_path):
-  with record.Recorder(tmp_path, tensorboard=False) as recorder:
-    loss = np.float32(0.1)
-    recorder.append(5, 1, 'train', {'loss': loss, 'norm': float('nan')}, {'seconds': 2.5})
-    (line,) = lines(tmp_path)  # there before the file is closed
-    assert line == {'step': 5, 'epoch': 1, 'split': 'train', 'loss': float(loss), 'norm': None}
-    assert np.float32(line['loss']).tobytes() == loss.tobytes()
-    assert lines(tmp_path, 'timing.jsonl') == [{'step': 5, 'epoch': 1, 'split': 'train', 'seconds': 2.5}]
-  assert not list(tmp_path.glob('events*'))
-
-
-@pytest.mark.parametrize('cut', ['', '{"step": 7, "epoch": 2, "spl', '{"step": 3, "split": "train"}', '\0\0\0\n'])
-def test_an_interrupted_record_ends_with_the_same_bytes(tmp_path, cut):
-  """Steps 1-9 at once, and 1-6, an end without warning, then 4-9 from a checkpoint of step 4."""
-  whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-  for workdir, parts in ((whole, [(0, range(1, 10))]), (resumed, [(0, range(1, 7)), (4, range(5, 10))])):
-    workdir.mkdir()
-    for restored, steps in parts:
-      with record.Recorder(workdir, step=restored, tensorboard=False) as recorder:
-        if restored:  # the evaluation of the restored step comes again
-          recorder.append(restored, 2, 'validation', {'accuracy': 1 / restored})
-        append(recorder, steps)
-        recorder.sync()
-      if workdir == resumed:
-        for name in ('metrics.jsonl', 'timing.jsonl'):
-          with (workdir / name).open('a') as file:
-            file.write(cut if not restored else '')
-  assert (resumed / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
-  assert (resumed / 'timing.jsonl').read_bytes() == (whole / 'timing.jsonl').read_bytes()
-  keys = [(line['step'], line['split']) for line in lines(whole)]
-  assert len(keys) == len(set(keys)) == 13
-
-
-def read_events(file):
-  """The events of a TensorBoard file, read as its format has it, with checksums."""
-  content, events = file.read_bytes(), []
-  while content:
-    length, length_sum = struct.unpack_from('<QI', content)
-    message = content[12 : 12 + length]
-    (message_sum,) = struct.unpack_from('<I', content, 12 + length)
-    assert (length_sum, message_sum) == (masked_crc32c(content[:8]), masked_crc32c(message))
-    events.append(Event.FromString(message))
-    content = content[16 + length :]
-  return events
-
-
-def test_tensorboard_shows_every_number_once_after_a_resume(tmp_path):
-  with record.Recorder(tmp_path) as recorder:
-    append(recorder, range(1, 5))
-    recorder.sync()
-  with record.Recorder(tmp_path, step=2) as recorder:
-    append(recorder, range(3, 5))
-  scalars, purges = [], []
-  for file in sorted(tmp_path.glob('events.out.tfevents.*')):  # the order in which TensorBoard reads them
-    events = read_events(file)
-    assert events[0].file_version == 'brain.Event:2'
-    for event in events:
-      if event.HasField('session_log'):
-        assert event.session_log.status == event.session_log.START
-        purges.append(event.step)
-        scalars = [scalar for scalar in scalars if scalar[1] < event.step]
-      scalars += [(value.tag, event.step) for value in event.summary.value]
-  assert purges == [3]
-  tags = ('train/loss', 'train/accuracy', 'train/images_per_second')
-  expected = [(tag, step) for step in range(1, 5) for tag in tags] + [
-    ('validation/accuracy', 2),
-    ('validation/accuracy', 4),
-  ]
-  assert sorted(scalars) == sorted(expected)
-
-
-def test_tensorboard_events_are_those_of_tensorboardx(tmp_path):
-  with SummaryWriter(str(tmp_path / 'theirs'), purge_step=3) as writer:
-    writer.add_scalar('train/loss', 0.1, 4, display_name='')
-  (tmp_path / 'ours').mkdir()
-  with record.Recorder(tmp_path / 'ours', step=2) as recorder:
-    recorder.append(4, 1, 'train', {'loss': 0.1})
-
-  def scalars(name):
-    (file,) = (tmp_path / name).glob('events.out.tfevents.*')
-    return [
-      (event.step, event.session_log.status, [(value.tag, value.simple_value) for value in event.summary.value])
-      for event in read_events(file)
-      if not event.file_version
-    ]
-
-  assert scalars('ours') == scalars('theirs') == [(3, 1, []), (4, 0, [('train/loss', np.float32(0.1))])]
-
-
-@pytest.mark.parametrize('tensorboard', [False, True])
-def test_a_full_disk_is_one_line(tmp_path, tensorboard):
-  recorder = record.Recorder(tmp_path, tensorboard=tensorboard)
-  with largest_file(150):  # enough for one line, but not for its event
-    with pytest.raises(UsageError, match=f'cannot write to {tmp_path}: File too large'):
-      append(recorder, range(1, 5))
-    with pytest.raises(UsageError, match='cannot write to'):
-      recorder.close()
-
-
-# --- progress
-
-
-def show(stream, messages=True):
-  shown = progress_lib.Progress(100, 4, stream=stream)
-  for step in range(5, 101, 5):
-    metrics = {'loss': 2 / step, 'accuracy': step / 100, 'learning_rate': 0.1, 'other': 3.0}
-    shown.update(step, 1 + (step - 1) // 25, metrics, 12345.6)
-    if messages and step == 30:
-      shown.message('a note')
-  shown.close()
-  shown.close()
-
-
-def read_pipe(**arguments):
-  reader, writer = os.pipe()
-  with os.fdopen(writer, 'w') as stream:
-    show(stream, **arguments)
-  with os.fdopen(reader) as stream:
-    return stream.read().splitlines()
-
-
-def test_a_pipe_gets_the_last_line_of_each_epoch():
-  output = read_pipe(messages=False)
-  assert [re.match(r'epoch (\d)/4  step (\d+)/100  ', line).groups() for line in output] == [
-    ('1', '25'), ('2', '50'), ('3', '75'), ('4', '100'),
-  ]  # fmt: skip
-  assert output[0].startswith('epoch 1/4  step 25/100  loss 0.0800  accuracy 25.00 %')
-  assert '12,346 images/s' in output[0]
-  assert output[-1].endswith('0:00 left')
-  assert not any(character in ''.join(output) for character in '\r\x1b')
-
-
-def test_a_message_comes_after_what_it_follows():
-  output = read_pipe()
-  assert output[2] == 'a note'
-  assert output[1].startswith('epoch 2/4  step 30/100')
-
-
-def test_a_pipe_gets_a_line_every_ten_seconds_in_a_long_epoch(monkeypatch):
-  clock = iter(range(10_000))
-  monkeypatch.setattr(progress_lib.time, 'monotonic', lambda: next(clock))
-  reader, writer = os.pipe()
-  with os.fdopen(writer, 'w') as stream:
-    shown = progress_lib.Progress(10_000, 1, stream=stream)
-    for step in range(1, 101):
-      shown.update(step, 1, {}, 1.0)  # a second each, and one for each line
-    shown.close()
-  with os.fdopen(reader) as stream:
-    steps = [int(re.search(r'step (\d+)', line)[1]) for line in stream.read().splitlines()]
-  assert all(9 <= b - a <= 11 for a, b in itertools.pairwise(steps[:-1]))
-  assert len(steps) == 10
-  assert steps[-1] == 100
-
-
-def read_terminal(columns, **arguments):
-  """What a terminal of so many columns (0: it does not say) is sent."""
-  master, slave = pty.openpty()
-  termios.tcsetwinsize(slave, (24, columns))
-  output = []
-
-  def read():  # at the same time, because a terminal holds back who writes more than 4 KiB ahead
-    with contextlib.suppress(OSError):  # how the end looks from this side
-      while part := os.read(master, 4096):
-        output.append(part)
-
-  reader = threading.Thread(target=read)
-  reader.start()
-  with os.fdopen(slave, 'w') as stream:
-    show(stream, **arguments)
-  reader.join(timeout=30)
-  os.close(master)
-  return b''.join(output).decode()
-
-
-@pytest.mark.parametrize('columns', [140, 80, 40, 0])
-def test_a_terminal_gets_one_live_line(columns, monkeypatch):
-  monkeypatch.setenv('TERM', 'xterm')
-  output = read_terminal(columns)
-  assert output.count('\n') == 2  # after the message and at the end
-  assert '\r\x1b[Ka note\r\n' in output
-  drawn = [frame.removesuffix('\x1b[K') for frame in output.rstrip().split('\r') if 'step' in frame]
-  assert len(drawn) == 21  # one an update, and once more under the message
-  assert max(map(len, drawn)) < (columns or 80)
-  full = 'epoch 4/4  step 100/100  loss 0.0200  accuracy 100.00 %  learning rate 0.1  12,346 images/s  0:00 left'
-  expected = {
-    140: f'[====================]  {full}',
-    80: 'epoch 4/4  step 100/100  loss 0.0200  accuracy 100.00 %  0:00 left',
-    40: 'step 100/100  loss 0.0200  0:00 left',
-  }
-  assert drawn[-1] == expected[columns or 80]
-
-
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
-  monkeypatch.setenv('TERM', 'dumb')
-  output = read_terminal(80, messages=False)
-  assert output.count('\n') == 4
-  assert '\x1b' not in output

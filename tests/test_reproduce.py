@@ -1,4 +1,4 @@
-"""A published result trained again: the criterion, the file of results and the README's table, the command."""
+"""A published result trained again: the criterion, the file of results and the table of README.md, the command."""
 
 import dataclasses
 import functools
@@ -6,24 +6,22 @@ import importlib.util
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 from scipy import stats
 
-from cnn_jax.model import create_model
+from cnn_jax import models
 from experiments import reproduce
 from experiments.reproduce import Spread, margin
-from tests.conftest import ROOT, run_command
+from tests.helpers import ROOT, call_command, run_command
 
 QUICK = {
-  'epochs': 2, 'model.features': [4, 8], 'model.convs_per_block': 1, 'schedule.warmup_epochs': 1.0,
-  'log.tensorboard': False, 'log.report': False,
+  'epochs': 1, 'model.features': [4], 'model.convs_per_block': 1, 'model.norm': 'none',
+  'schedule.warmup_epochs': 0.5, 'log.tensorboard': False, 'log.report': False,
 }  # fmt: skip
 
 
 def _file(path, mean, **fields):
-  """A file with one result, of a small network on the digits."""
+  """Writes a file with one result, of a small network on the digits."""
   row = json.loads(reproduce.RESULTS.read_text())['digits']
   row |= {'fields': QUICK, 'test_accuracy': {'mean': mean, 'std': 0.01, 'n': 20}, **fields}
   path.write_text(json.dumps({'quick': row}))
@@ -35,14 +33,14 @@ def test_a_margin_by_hand():
   assert margin(Spread(0.9, 0.01, 3), Spread(0.8, 0.01, 3), 10**6) == pytest.approx(
     2.776 * 0.01 * math.sqrt(2 / 3), rel=1e-3
   )
-  # One more value of a distribution that three have been seen of: t = 4.303 with 2 degrees of freedom.
+  # One more value of a distribution of which three are known: t = 4.303 with 2 degrees of freedom.
   for pair in ((Spread(0.9, 0.01, 3), Spread(0.8, None, 1)), (Spread(0.8, None, 1), Spread(0.9, 0.01, 3))):
     assert margin(*pair, 10**6) == pytest.approx(4.303 * 0.01 * math.sqrt(4 / 3), rel=1e-3)
-  with pytest.raises(ValueError, match='single'):
+  with pytest.raises(ValueError, match='single seed'):
     margin(Spread(0.9, None, 1), Spread(0.9, None, 1), 100)
 
 
-def test_the_margin_is_where_welch_says_five_percent():
+def test_the_margin_is_where_the_p_value_is_five_percent():
   one, other = Spread(0.95, 0.004, 5), Spread(0.95, 0.011, 8)
   far = one.mean + margin(one, other, 10**6)
   found = stats.ttest_ind_from_stats(one.mean, one.std, one.n, far, other.std, other.n, equal_var=False)
@@ -55,34 +53,35 @@ def test_the_margin_is_at_least_one_image():
 
 
 @pytest.mark.parametrize(
-  ('mean', 'passed', 'said'),
+  ('mean', 'passed', 'text'),
   [(0.9800, True, '-0.90 points'), (0.9980, True, '+0.90 points'), (0.9780, False, 'OFF by 0.19 points more')],
 )
-def test_the_verdict(mean, passed, said):
-  row = reproduce.load(reproduce.RESULTS)['digits']
+def test_the_verdict(mean, passed, text):
+  row = reproduce.load()['digits']
   row = dataclasses.replace(row, test_accuracy=Spread(0.9890, 0.0040, 3))
   environment = {
     'git': {'commit': 40 * 'a', 'dirty': True}, 'backend': 'cpu', 'cpu': 'an Abacus', 'cpu_cores': 2,
     'versions': {'jax': '1', 'flax': '2', 'optax': '3', 'python': '4'},
   }  # fmt: skip
-  text, found = reproduce.report('digits', row, Spread(mean, 0.0040, 3), 10_000, environment)
+  report, found = reproduce.report('digits', row, Spread(mean, 0.0040, 3), 10_000, environment)
   assert found is passed
-  assert said in text
-  assert ('PASS' in text) is passed
-  assert '98.90 ± 0.40 % (n = 3)' in text
-  assert row.hardware in text and row.versions in text
-  assert '2 cores of an Abacus; jax 1, flax 2, optax 3, Python 4; commit aaaaaaa, changed since' in text
+  assert text in report
+  assert ('PASS' in report) is passed
+  assert '98.90 ± 0.40 % (n = 3)' in report
+  assert row.hardware in report and row.versions in report
+  assert '2 cores of an Abacus; jax 1, flax 2, optax 3, Python 4; commit aaaaaaa with changes' in report
 
 
 def test_the_readme_has_the_table():
-  assert reproduce.table(reproduce.load(reproduce.RESULTS)) in (ROOT / 'README.md').read_text()
-  done = run_command('experiments.reproduce', '--table')
-  assert done.stdout.strip() in (ROOT / 'README.md').read_text()
+  readme = (ROOT / 'README.md').read_text()
+  assert reproduce.page(readme) == readme
+  done = call_command('experiments.reproduce', '--table')
+  assert done.stdout.strip() in readme
 
 
-@pytest.mark.parametrize('name', reproduce.load(reproduce.RESULTS))
+@pytest.mark.parametrize('name', reproduce.load())
 def test_a_result_is_of_the_config_that_it_names(name):
-  row = reproduce.load(reproduce.RESULTS)[name]
+  row = reproduce.load()[name]
   assert (row.test_accuracy.std is None) == (row.test_accuracy.n == 1)
   assert row.config in row.command.replace('make train', '--config=configs/mnist.py')
   config = reproduce.config_of(row, {})
@@ -91,24 +90,26 @@ def test_a_result_is_of_the_config_that_it_names(name):
     written = f"--config.{field}='{value}'" if isinstance(value, tuple) else f'--config.{field}={value}'
     assert written in row.command or field == 'data.source'  # the command leaves that open
   side = config.data.image_size or {'mnist': 28, 'digits': 8}[config.data.name]
-  model = create_model(config.model, 10)
-  images = jnp.zeros((1, side, side, 3 if config.data.source == 'folder' else 1))
-  variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
-  assert sum(p.size for p in jax.tree.leaves(variables['params'])) == row.num_parameters
+  image_shape = (side, side, 3 if config.data.source == 'folder' else 1)
+  variables = models.init_shapes(models.create(config.model, 10), image_shape)
+  assert models.num_parameters(variables['params']) == row.num_parameters
 
 
-@pytest.mark.parametrize(('mean', 'status', 'verdict'), [(0.25, 0, 'PASS'), (0.99, 1, 'OFF by')])
-def test_the_command_trains_and_judges(tmp_path, mean, status, verdict):
-  file = _file(tmp_path / 'results.json', mean)
-  command = ('experiments.reproduce', 'quick', f'--results={file}', f'--workdir={tmp_path / "run"}')
-  done = run_command(*command, '--seeds=3')
-  assert done.returncode == status, done.stderr
-  assert f'| {verdict}' in done.stdout.splitlines()[-4]
-  assert json.loads((tmp_path / 'run' / 'result.json').read_text())['seeds'] == [0, 1, 2]
-  again = run_command(*command, '--seeds=3')
-  assert again.returncode == status
+def test_the_command_trains_and_judges(tmp_path):
+  command = ('experiments.reproduce', 'quick', '--seeds=3', f'--workdir={tmp_path / "run"}')
+  off = _file(tmp_path / 'off.json', 0.99)
+  done = run_command(*command, f'--results={off}')
+  assert done.returncode == 1, done.stderr
+  assert '| OFF by' in done.stdout.splitlines()[-4]
+  result = json.loads((tmp_path / 'run' / 'result.json').read_text())
+  assert result['seeds'] == [0, 1, 2]
+  again = call_command(*command, f'--results={off}')
+  assert again.returncode == 1
   assert 'is complete' in again.stdout
   assert again.stdout.splitlines()[-6:] == done.stdout.splitlines()[-6:]
+  passed = call_command(*command, f'--results={_file(tmp_path / "pass.json", result["test_accuracy"]["mean"])}')
+  assert passed.returncode == 0, passed.stderr
+  assert '| PASS' in passed.stdout.splitlines()[-4]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_the_command_trains_and_judges(tmp_path, mean, status, verdict):
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(tmp_path, arguments, message):
-  done = run_command('experiments.reproduce', *arguments, f'--workdir={tmp_path / "run"}')
+  done = call_command('experiments.reproduce', *arguments, f'--workdir={tmp_path / "run"}')
   assert done.returncode == 2, done.stderr
   assert message in done.stderr
   assert len(done.stderr.splitlines()) == 1
@@ -133,7 +134,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, arguments, message):
 
 @pytest.mark.skipif(importlib.util.find_spec('tensorflow') is not None, reason='TensorFlow would prepare the set')
 def test_a_set_that_is_not_there_is_one_line(tmp_path):
-  done = run_command('experiments.reproduce', 'mnist', f'--data_dir={tmp_path}', f'--workdir={tmp_path / "run"}')
+  done = call_command('experiments.reproduce', 'mnist', f'--data_dir={tmp_path}', f'--workdir={tmp_path / "run"}')
   assert done.returncode == 2
   assert f"TFDS set 'mnist' is not prepared in {tmp_path}" in done.stderr
   assert len(done.stderr.splitlines()) == 1
@@ -141,6 +142,6 @@ def test_a_set_that_is_not_there_is_one_line(tmp_path):
 
 def test_other_data_than_published_are_refused(tmp_path):
   file = _file(tmp_path / 'results.json', 0.25, images=[1295, 143, 360])
-  done = run_command('experiments.reproduce', 'quick', f'--results={file}', f'--workdir={tmp_path / "run"}')
+  done = call_command('experiments.reproduce', 'quick', f'--results={file}', f'--workdir={tmp_path / "run"}')
   assert done.returncode == 2
   assert '[1295, 143, 359] training, validation and test images here' in done.stderr

@@ -1,5 +1,6 @@
-"""Several seeds in one command: each is the run that it would be alone, and the result is of all."""
+"""Several seeds in one command: each is the run that it would be alone, and the result summarises all."""
 
+import functools
 import json
 import statistics
 import subprocess
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from cnn_jax import UsageError, checkpoint, evaluate, export, predict, report
-from experiments.many_seeds import run as many_seeds
-from tests.conftest import ROOT, run_command
+from cnn_jax.run import load_run
+from tests.helpers import ROOT, call_command, run_command
 
 ARGUMENTS = (
   '--config=configs/digits.py',
@@ -60,7 +61,9 @@ def several(alone):
 
 
 def _train(workdir, arguments=SEEDS, **environment):
-  done = run_command('cnn_jax.main', *arguments, f'--workdir={workdir}', **environment)
+  # With an environment of its own in a process of its own.
+  run = functools.partial(run_command, **environment) if environment else call_command
+  done = run('cnn_jax.main', *arguments, f'--workdir={workdir}')
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -83,7 +86,7 @@ def test_each_seed_is_its_own_single_run(alone, several):
     assert (one / name).read_bytes() == (other / name).read_bytes()
   states = [checkpoint.restore(place / 'checkpoints')[0] for place in (one, other)]
   jax.tree.map(np.testing.assert_array_equal, *states)
-  assert evaluate.load_run(other).config.seed == 6
+  assert load_run(other).config.seed == 6
 
 
 def test_the_result_has_mean_std_n_and_each_value(several):
@@ -157,23 +160,18 @@ def test_commands_for_one_run_ask_for_one_of_the_seeds(several, tmp_path):
 
 def test_a_workdir_keeps_its_number_of_seeds(several):
   for arguments in (ARGUMENTS, (*SEEDS, '--config.seeds=4')):
-    done = run_command('cnn_jax.main', *arguments, '--config.seed=5', f'--workdir={several}')
+    done = call_command('cnn_jax.main', *arguments, '--config.seed=5', f'--workdir={several}')
     assert done.returncode == 2
     assert 'config.seeds is ' in done.stderr
 
 
 def test_a_trial_of_a_sweep_has_one_seed(tmp_path):
-  done = run_command(
-    'experiments.sweep', *SEEDS, '--space=experiments/spaces/learning_rate.py', '--trials=1', f'--workdir={tmp_path}'
+  done = call_command(
+    'cnn_jax.sweep.__main__',
+    *SEEDS,
+    '--space=experiments/spaces/learning_rate.py',
+    '--trials=1',
+    f'--workdir={tmp_path}',
   )
   assert done.returncode == 2
   assert 'config.seeds is 3, but a trial has one seed' in done.stderr
-
-
-def test_vmapped_seeds_take_the_same_steps(monkeypatch):
-  monkeypatch.setitem(many_seeds.NETWORKS, 'tiny', ((6, 6, 1), (2, 3), 4))
-  result = many_seeds.measure('tiny', 2, rounds=2, seconds=0.01)
-  assert result['difference'] < 1e-5
-  assert result['sequential_ms'] > 0 and result['vmapped_ms'] > 0
-  assert [len(times) for times in result['rounds'].values()] == [2, 2]
-  assert len(many_seeds.table([result]).splitlines()) == 3

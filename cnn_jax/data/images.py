@@ -1,17 +1,16 @@
 """Image files to uint8 arrays, with Pillow: any mode and depth, any size, and clear errors.
 
 Policies, the same for training and for prediction:
-- EXIF orientation is applied. Of an animation, the first frame counts.
-- Transparency is laid on white.
-- Grey of a colour image is ITU-R 601-2 luma, as Pillow computes it; a grey image in RGB has three
-  equal channels.
-- 16-bit levels are divided by 257. 32-bit integers are taken as 16-bit levels. Floats in [0, 1]
-  are multiplied by 255, other floats in [0, 255] are taken as they are. None is clipped in silence.
-- An image that has the size wanted is not resampled. Others are, bicubic with antialiasing.
+- EXIF orientation is applied. The first frame of an animation is used.
+- Transparent pixels are composited on white.
+- A colour image becomes grey by ITU-R 601-2 luma, as Pillow computes it. A grey image becomes RGB with three equal
+  channels.
+- 16-bit levels are divided by 257. 32-bit integers are interpreted as 16-bit levels. Floats in [0, 1] are multiplied by
+  255; other floats in [0, 255] are used as they are. Nothing is clipped silently.
+- An image that already has the requested size is not resampled. Others are resampled bicubically with antialiasing.
 """
 
 import os
-import warnings
 from typing import IO
 
 import numpy as np
@@ -19,15 +18,13 @@ from PIL import Image, ImageOps
 
 from cnn_jax import UsageError
 
-# Raster formats that Pillow decodes by itself. Not EPS or PDF, which start other programs.
+# Raster formats that Pillow decodes by itself. EPS and PDF are left out because they start other programs.
 IMAGE_FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'JPEG2000')
 IMAGE_EXTENSIONS = (
   '.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm', '.tga', '.jp2',
 )  # fmt: skip
-MAX_PIXELS = 2**30 // 12  # 89 million, Pillow's own limit: more is a mistake or an attack
-
-# Pillow only warns up to twice the limit, and decodes.
-warnings.filterwarnings('error', category=Image.DecompressionBombWarning)
+# 89 million, Pillow's own limit: more is a mistake or an attack. Between this and twice this Pillow only warns.
+MAX_PIXELS = 2**30 // 12
 
 
 def load_image(
@@ -42,16 +39,16 @@ def load_image(
 
   Args:
     file: a path or an open binary file.
-    size: pixels a side, or (height, width); 0 keeps the image's own size.
-    channels: 1 grey, 3 RGB, 0 grey if the image is grey and RGB if not.
-    resize: how another size becomes `size`: see `resize_image`.
-    name: what messages call the file; its path where there is one.
+    size: pixels per side, or (height, width); 0 keeps the image's size.
+    channels: 1 for grey, 3 for RGB, 0 to keep what the image is.
+    resize: how to bring an image to `size`; see `resize_image`.
+    name: identifies the file in messages; its path by default.
 
   Returns:
     uint8 (H, W, C).
 
   Raises:
-    UsageError: names the file and says why it cannot be read.
+    UsageError: the file cannot be read. The message has its name and the reason.
   """
   if name is None:
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, 'name', 'the image')
@@ -61,7 +58,7 @@ def load_image(
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
       if size:
-        # A JPEG decoder can leave out detail that resizing would; three times the size keeps enough.
+        # A JPEG decoder can skip detail that resizing would remove; three times the size keeps enough.
         height, width = _pair(size)
         opened.draft(image.mode, (3 * width, 3 * height))
       image.load()
@@ -82,7 +79,7 @@ def load_image(
     raise UsageError(f'{name} is a directory, not an image file.') from None
   except MemoryError:
     raise
-  # Decoders raise nearly everything on damaged input: OSError, SyntaxError, ValueError, struct.error, ...
+  # On damaged input decoders raise nearly any exception: OSError, SyntaxError, ValueError, struct.error, ...
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise UsageError(f'{name} cannot be read: {reason.rstrip(".")}; replace it or remove it.') from None
@@ -90,14 +87,14 @@ def load_image(
 
 
 def resize_image(array: np.ndarray, size: int | tuple[int, int], resize: str, channels: int = 0) -> np.ndarray:
-  """Resizes and converts an image that is an array already, as `load_image` does a file.
+  """Resizes and converts an image that is already an array, as `load_image` does for a file.
 
   Args:
-    array: uint8 (H, W, C), C is 1 or 3.
-    size: pixels a side, or (height, width); 0 keeps the size.
-    resize: 'crop' (the largest centred part of that aspect, so the shorter side is kept whole) |
-      'pad' (the whole image, centred on black) | 'stretch' (the aspect is given up).
-    channels: 1, 3, or 0 for the array's own.
+    array: uint8 (H, W, C); C is 1 or 3.
+    size: pixels per side, or (height, width); 0 keeps the size.
+    resize: 'crop' (the largest centred part of the requested aspect ratio) | 'pad' (the whole image, centred on black) |
+      'stretch' (the aspect ratio changes).
+    channels: 1, 3, or 0 to keep the number of channels.
 
   Returns:
     uint8 (height, width, channels).
@@ -114,17 +111,17 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-  # Looking for EXIF costs more than decoding a small image, and these are the places it can be in.
+  # Reading EXIF takes longer than decoding a small image. It can only be in these fields.
   if not image.info.keys() & {'exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp'} and image.format != 'TIFF':
     return image
   try:
     return ImageOps.exif_transpose(image)
-  except Exception:  # a damaged EXIF block says nothing about the pixels
+  except Exception:  # a damaged EXIF block does not affect the pixels
     return image
 
 
 def _grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
-  """To mode L or RGB, as the policies at the top say."""
+  """Converts to mode L or RGB by the policies at the top."""
   if image.mode.startswith('I;16') or image.mode == 'I':
     image = _from_integers(np.asarray(image).astype(np.int64))
   elif image.mode == 'F':
@@ -137,8 +134,8 @@ def _grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
     image = _without_colour(image.convert('RGB'))
   elif image.mode not in ('L', 'RGB'):
     image = image.convert('RGB')
-  wanted = {0: image.mode, 1: 'L', 3: 'RGB'}[channels]
-  return image if image.mode == wanted else image.convert(wanted)
+  mode = {0: image.mode, 1: 'L', 3: 'RGB'}[channels]
+  return image if image.mode == mode else image.convert(mode)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -147,12 +144,12 @@ def _on_white(image: Image.Image) -> Image.Image:
   image = image.convert('RGBA')
   white = Image.new('RGBA', image.size, 'white')
   image = Image.alpha_composite(white, image).convert('RGB')
-  # The three channels are equal, so one of them is exact.
+  # The three channels of a grey image are equal, so any of them is exact.
   return image.getchannel(0) if grey else _without_colour(image) if indexed else image
 
 
 def _without_colour(image: Image.Image) -> Image.Image:
-  """RGB to L where nothing is lost: a palette may hold greys only."""
+  """Converts RGB to L if that loses nothing, as for a palette of greys."""
   array = np.asarray(image)
   equal = np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2])
   return image.getchannel(0) if equal else image
@@ -166,7 +163,7 @@ def _from_integers(levels: np.ndarray) -> Image.Image:
 
 def _from_floats(levels: np.ndarray) -> Image.Image:
   low, high = float(levels.min()), float(levels.max())
-  if not (low >= 0 and high <= 255):  # so that NaN fails too
+  if not (low >= 0 and high <= 255):  # written so that NaN fails too
     raise ValueError(f'the levels run from {low:g} to {high:g}, neither in [0, 1] nor in [0, 255]')
   return Image.fromarray(np.rint(levels * (255 if high <= 1 else 1)).astype(np.uint8))
 
@@ -190,5 +187,5 @@ def _fit(image: Image.Image, height: int, width: int, resize: str) -> Image.Imag
 
 
 def _resample(image: Image.Image, height: int, width: int, box: tuple) -> Image.Image:
-  # Pillow's filters widen with the reduction, which is what antialiases.
+  # Pillow's filters widen with the reduction, which is the antialiasing.
   return image.resize((width, height), Image.Resampling.BICUBIC, box, reducing_gap=3.0)

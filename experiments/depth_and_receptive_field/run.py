@@ -1,175 +1,207 @@
-"""What does each block buy, and what do the blocks answer to?
+"""What each further stage of a network adds: receptive field, parameters, accuracy, and the patches that excite it.
 
-    TFDS_DATA_DIR=DIR python -m experiments.depth_and_receptive_field.run [--seeds=3] [--json=FILE] [--plot=FILE.png]
+    TFDS_DATA_DIR=DIR python -m experiments.depth_and_receptive_field.run [--seeds=3] [--output=experiments/depth_and_receptive_field]
 
-Networks of the first one, two, three and four of the same blocks. The figure has their errors, and, for the deepest
-one, the parts of test images that excite some channels of each block most, each as large as what the block sees.
+Networks with the first one, two, three and four of the same stages are trained. The figure shows their errors and, for
+the deepest network, the patches of test images that excite some channels of each stage most, each as large as the
+receptive field of that stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
 
-from cnn_jax import evaluate, record
+from cnn_jax import command, inspect, models, record
+from cnn_jax import config as config_lib
 from cnn_jax.config import default_config
 from cnn_jax.data import load_dataset
 from cnn_jax.data.augment import normalize
-from cnn_jax.evaluate import Run
-from cnn_jax.model import feature_maps
-from cnn_jax.report import receptive_field
-from experiments import runs
+from cnn_jax.run import Run, load_run
+from cnn_jax.tables import markdown
+from experiments import plots, results, study
 
-CHANNELS, PATCHES = 6, 9  # shown of each block; of each channel, in a square
-OUTSIDE = -1.0  # in place of a pixel, which is 0 to 1
+CHANNELS, PATCHES = 6, 9  # shown per stage; per channel, in a square
+OUTSIDE = -1.0  # of the image; pixels are 0 to 1
+Fields = dict[str, tuple[inspect.Field, inspect.Field] | None]
 
 
 def main(argv: Sequence[str]) -> None:
-  """Trains all depths from all seeds, and prints the table."""
-  parser = runs.parser(__doc__, 'depth_and_receptive_field', seeds=3)
-  parser.add_argument('--images', type=int, default=5_000, help='of the test, to find patches in (%(default)s)')
-  args, fields = parser.parse_known_args(argv)
-  config = runs.override(_recipe(), fields)
+  """The command; see the module's docstring."""
+  parser = study.parser(__doc__, 'depth_and_receptive_field', seeds=3)
+  parser.add_argument('--images', type=int, default=5_000, help='test images to search for patches (%(default)s)')
+  args, overrides = study.parse(parser, argv)
+  config = config_lib.override(recipe(), overrides)
+  command.prepare_backend()
   dataset = load_dataset(config.data)
+  side, num_classes = dataset.test.images.shape[1], len(dataset.class_names)
   features = tuple(config.model.features)
-  found = []
+  measurements = []
   for depth in range(1, len(features) + 1):
-    made = runs.vary(config, {'model.features': features[:depth]})
-    results = runs.train_seeds(made, args.workdir / f'{depth}_blocks', args.seeds, dataset)
-    found.append(
+    made = config_lib.vary(config, {'model.features': features[:depth]})
+    runs = study.train_seeds(made, args.workdir / f'{depth}_stages', args.seeds, dataset)
+    measurements.append(
       {
-        'blocks': depth,
+        'stages': depth,
         'features': features[:depth],
-        'field': field_side(made.model, dataset.test.images.shape[1], depth),
-        'parameters': results[0]['num_parameters'],
-        'test_accuracy': [result['test_accuracy'] for result in results],
+        'receptive_field': field_side(models.create(made.model, num_classes), side),
+        'parameters': runs[0]['num_parameters'],
+        'test_accuracy': results.summary([run['test_accuracy'] for run in runs]),
       }
     )
-  rows = [
-    [
-      f'{one["blocks"]} ({"-".join(map(str, one["features"]))})', f'{one["field"]}x{one["field"]}',
-      f'{one["parameters"]:,}', runs.mean_std(one['test_accuracy']), str(args.seeds),
-    ]
-    for one in found
-  ]  # fmt: skip
-  header = ['blocks (channels)', 'receptive field, pixels', 'parameters', 'test accuracy', 'n']
-  print(f'\n{dataset.name}\n\n{runs.table(header, rows)}')
-  if args.json:
-    record.write_json(args.json, {'depths': found})
-  if args.plot:
-    run = evaluate.load_run(record.seed_workdir(args.workdir / f'{len(features)}_blocks', 0))
-    sheets = {b + 1: strongest_patches(run, dataset.test.images[: args.images], b + 1) for b in range(len(features))}
-    _plot(found, sheets, args.plot)
+  found = study.found(args, dataset, measurements=measurements)
+
+  def draw(path: Path) -> None:
+    run = load_run(record.seed_workdir(args.workdir / f'{len(features)}_stages', 0))
+    plot(found, strongest_patches(run, dataset.test.images[: args.images]), path)
+
+  results.publish(found, tables, args.output, draw)
 
 
-def _recipe() -> Any:
-  return runs.vary(
+def recipe() -> ConfigDict:
+  """The config of all runs; each network has the first of its stages."""
+  return config_lib.vary(
     default_config(),
     {'data.source': 'tfds', 'epochs': 2, 'schedule.warmup_epochs': 0.5, 'model.features': (16, 32, 64, 128)},
   )
 
 
-def field_side(config_model: Any, size: int, block: int) -> int:
-  """Pixels a side of what one place of a block's maps depends on, the frame of zeros around the image included.
+def tables(found: Mapping[str, Any]) -> dict[str, str]:
+  """The table of README.md."""
+  rows = [
+    [
+      f'{one["stages"]} ({"-".join(map(str, one["features"]))})',
+      _square(one['receptive_field']),
+      f'{one["parameters"]:,}',
+      results.show(one['test_accuracy']),
+      str(one['test_accuracy']['n']),
+    ]
+    for one in found['measurements']
+  ]
+  header = ['stages (channels)', 'receptive field, pixels', 'parameters', 'test accuracy', 'n']
+  return {'results': f'{results.source(found)}\n\n{markdown(header, rows)}'}
+
+
+def field_side(model: nn.Module, side: int) -> int | None:
+  """The receptive field of the last stage, pixels per side, including padding; None if it covers a large canvas too.
 
   Args:
-    config_model: the section `config.model`.
-    size: pixels a side of the image.
-    block: from 1.
+    model: from `models.create`.
+    side: of the square grey images, pixels.
   """
-  first, last = receptive_field(config_model, size, block, 0)
-  return last - first + 1
+  field = list(_fields(model, (side, side, 1)).values())[-1]
+  return None if field is None else field[0].size
 
 
-def strongest_patches(run: Run, images: np.ndarray, block: int) -> np.ndarray:
-  """The parts of some images that excite channels of a block most, at most one of each image.
+def strongest_patches(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
+  """The patches that excite channels of each stage most, at most one per image.
 
-  The channels are those that differ most from image to image, by the standard deviation of their largest value.
+  The channels are those whose largest value differs most between images, by its standard deviation.
 
   Args:
-    run: whose network looks.
-    images: uint8 (n, height, width, 1), of equal sides.
-    block: from 1.
+    run: its network is examined.
+    images: uint8 (n, height, width, 1), square.
 
   Returns:
-    float32 (CHANNELS, PATCHES, side, side) in [0, 1], side that of the receptive field, at most the image's; OUTSIDE
-    of the image.
+    {'stage1': float32 (CHANNELS, PATCHES, side, side), ...}: pixels in [0, 1], or OUTSIDE of the image. `side` is the
+    receptive field, or the image's side if the field is as large as the image.
   """
 
   @jax.jit
-  def look(batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    maps = feature_maps(run.model, run.variables, normalize(batch))[f'block{block}']
-    flat = maps.reshape(maps.shape[0], -1, maps.shape[-1])
-    return jnp.max(flat, axis=1), jnp.argmax(flat, axis=1)
+  def strongest(batch: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    _, maps = run.model.apply(run.variables, normalize(batch), train=False)
+    found = {}
+    for stage in models.stage_names(maps):
+      flat = maps[stage].reshape(len(batch), -1, maps[stage].shape[-1])
+      found[stage] = jnp.max(flat, axis=1), jnp.argmax(flat, axis=1)
+    return found
 
-  parts = [look(images[i : i + 500]) for i in range(0, len(images), 500)]
-  largest, where = (np.concatenate(part) for part in zip(*parts, strict=True))
-  size = images.shape[1]
-  side = _map_side(run, size, block)
-  channels = np.argsort(-largest.std(axis=0), kind='stable')[:CHANNELS]
-  best = np.argsort(-largest[:, channels], axis=0, kind='stable')[:PATCHES]
-  return np.stack(
-    [
-      np.stack([_patch(run, images[i, :, :, 0], block, divmod(int(where[i, channel]), side)) for i in of_channel])
-      for channel, of_channel in zip(channels, best.T, strict=True)
-    ]
-  )
-
-
-def _map_side(run: Run, size: int, block: int) -> int:
-  images = jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32)
-  return jax.eval_shape(lambda x: feature_maps(run.model, run.variables, x), images)[f'block{block}'].shape[1]
-
-
-def _patch(run: Run, image: np.ndarray, block: int, place: tuple[int, int]) -> np.ndarray:
-  """What one place of a block's maps sees of an image (size, size); the whole image where it sees more than that."""
-  size = len(image)
-  ends = [receptive_field(run.config.model, size, block, position) for position in place]
-  if ends[0][1] - ends[0][0] >= size:
-    return image.astype(np.float32) / 255
-  framed = np.pad(image.astype(np.float32) / 255, size, constant_values=OUTSIDE)
-  (top, bottom), (left, right) = ends
-  return framed[top + size : bottom + size + 1, left + size : right + size + 1]
+  parts = [strongest(images[i : i + 500]) for i in range(0, len(images), 500)]
+  shapes = models.map_shapes(run.model, images.shape[1:])
+  patches = {}
+  for stage, fields in _fields(run.model, images.shape[1:]).items():
+    largest, where = (np.concatenate([part[stage][i] for part in parts]) for i in (0, 1))
+    channels = np.argsort(-largest.std(axis=0), kind='stable')[:CHANNELS]
+    best = np.argsort(-largest[:, channels], axis=0, kind='stable')[:PATCHES]
+    width = shapes[stage].shape[2]
+    patches[stage] = np.stack(
+      [
+        np.stack([_patch(images[i, :, :, 0], fields, divmod(int(where[i, channel]), width)) for i in of_channel])
+        for channel, of_channel in zip(channels, best.T, strict=True)
+      ]
+    )
+  return patches
 
 
-def _plot(found: list[dict[str, Any]], sheets: dict[int, np.ndarray], path: Path) -> None:
+def plot(found: Mapping[str, Any], patches: Mapping[str, np.ndarray], path: Path) -> None:
+  """Draws the test errors, and the patches of each stage."""
   from matplotlib import colormaps
 
-  depths = [one['blocks'] for one in found]
-  errors = [[100 * (1 - value) for value in one['test_accuracy']] for one in found]
-  with runs.figure(path, widths=(1, 1.9), size=(12, 5.2)) as (_, (left, right)):
-    runs.error_axis(left)
-    left.set_xticks(depths, [f'{one["blocks"]}\n{one["field"]}x{one["field"]}\n{one["parameters"]:,}' for one in found])
-    left.set_xlabel('blocks\nreceptive field, pixels\nparameters')
-    left.set_title('Deeper sees more')
-    runs.curves(left, depths, {'': errors})
+  rows = found['measurements']
+  depths = [one['stages'] for one in rows]
+  errors = [[100 * (1 - value) for value in one['test_accuracy']['values']] for one in rows]
+  with plots.figure(path, widths=(1, 1.9), size=(12, 5.2)) as (_, (left, right)):
+    plots.error_axis(left)
+    left.set_xticks(
+      depths, [f'{one["stages"]}\n{_square(one["receptive_field"])}\n{one["parameters"]:,}' for one in rows]
+    )
+    left.set_xlabel('stages\nreceptive field, pixels\nparameters')
+    left.set_title('Test error')
+    plots.curves(left, depths, {'': errors})
     place = right.get_subplotspec()
     right.remove()
-    square = round(PATCHES**0.5)
-    gray = colormaps['gray'].with_extremes(under='#bcd3dc')  # what is outside of the image
-    grid = place.subgridspec(len(sheets), CHANNELS).subplots(squeeze=False)
-    for row, (block, channels) in zip(grid, sheets.items(), strict=True):
-      for axes, patches in zip(row, channels, strict=False):
-        side = patches.shape[-1]
-        sheet = np.full((square * (side + 1) - 1,) * 2, np.nan)
-        for i, patch in enumerate(patches):
-          top, start = (side + 1) * (i // square), (side + 1) * (i % square)
-          sheet[top : top + side, start : start + side] = patch
-        axes.imshow(sheet, cmap=gray, vmin=0, vmax=1, interpolation='none')
+    gray = colormaps['gray'].with_extremes(under='#bcd3dc')  # outside of the image
+    grid = place.subgridspec(len(patches), CHANNELS).subplots(squeeze=False)
+    for row, (stage, channels) in zip(grid, patches.items(), strict=True):
+      for axes, of_channel in zip(row, channels, strict=False):
+        axes.imshow(_sheet(of_channel), cmap=gray, vmin=0, vmax=1, interpolation='none')
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
       for axes in row[len(channels) :]:
         axes.remove()
-      side = channels.shape[-1]
-      row[0].set_ylabel(f'block {block}\n{side}x{side}', rotation=0, ha='right', va='center')
-    # A title as wide as this would push the columns apart; an empty one makes room for it.
+      row[0].set_ylabel(f'{stage}\n{_square(channels.shape[-1])}', rotation=0, ha='right', va='center')
+    # The text is wider than a column and would push the columns apart; the empty title reserves its height.
     grid[0, 0].set_title(' ')
-    text = 'What excites some channels of each block most'
+    text = 'The patches that excite some channels of each stage most'
     grid[0, 0].text(0, 1.06, text, transform=grid[0, 0].transAxes, fontsize=11, in_layout=False)
 
 
+def _fields(model: nn.Module, image_shape: Sequence[int]) -> Fields:
+  """The receptive fields of all stages, measured on a canvas that is several times as large as the image."""
+  height, width, channels = image_shape
+  times = max(4, -(-128 // min(height, width)))
+  return inspect.receptive_fields(model, (times * height, times * width, channels))
+
+
+def _patch(image: np.ndarray, fields: tuple[inspect.Field, inspect.Field] | None, place: tuple[int, int]) -> np.ndarray:
+  """The pixels of a square image that a place of a map depends on; the whole image if they are at least as many."""
+  side = len(image)
+  pixels = image.astype(np.float32) / 255
+  if fields is None or max(field.size for field in fields) >= side:
+    return pixels
+  framed = np.pad(pixels, side, constant_values=OUTSIDE)
+  top, left = (side + field.first + at * field.stride for field, at in zip(fields, place, strict=True))
+  return framed[top : top + fields[0].size, left : left + fields[1].size]
+
+
+def _sheet(patches: np.ndarray) -> np.ndarray:
+  """Patches in a square, a pixel apart."""
+  square, side = round(PATCHES**0.5), patches.shape[-1]
+  sheet = np.full((square * (side + 1) - 1,) * 2, np.nan)
+  for i, patch in enumerate(patches):
+    top, left = (side + 1) * (i // square), (side + 1) * (i % square)
+    sheet[top : top + side, left : left + side] = patch
+  return sheet
+
+
+def _square(side: int | None) -> str:
+  return 'everything' if side is None else f'{side}x{side}'
+
+
 if __name__ == '__main__':
-  runs.run(main)
+  command.run(main)

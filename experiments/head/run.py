@@ -1,22 +1,26 @@
-"""Global average pooling or flattening before the head: what does it cost, and what does it buy beyond the test split?
+"""Global average pooling or flattening in front of the head: accuracy on the test split, on moved digits, on larger images.
 
-    TFDS_DATA_DIR=DIR python -m experiments.head.run [--seeds=3] [--json=FILE] [--plot=FILE.png]
+    TFDS_DATA_DIR=DIR python -m experiments.head.run [--seeds=3] [--output=experiments/head]
 
-Three networks that differ in nothing but `model.aggregate` and `model.head`, trained without augmentation, on digits
-that all lie in the middle of their frame. Then the test digits are moved, and put on larger canvases.
+Three networks that differ only in `model.aggregate` and `model.head` are trained without augmentation on digits that
+are all centred. The test digits are then moved and placed on larger canvases.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from cnn_jax import evaluate, record
+from cnn_jax import command, evaluate, record
+from cnn_jax import config as config_lib
 from cnn_jax.config import default_config
 from cnn_jax.data import Split, load_dataset
-from experiments import runs
+from cnn_jax.run import load_run
+from cnn_jax.tables import markdown
+from experiments import plots, results, study
 
 HEADS = {
   'average + dense': {'model.aggregate': 'gap', 'model.head': 'dense'},
@@ -27,48 +31,59 @@ MOVES = {f'moved by {by}': by for by in (1, 2, 3, 4)}  # pixels
 
 
 def main(argv: Sequence[str]) -> None:
-  """Trains all heads from all seeds, and prints the tables."""
-  parser = runs.parser(__doc__, 'head', seeds=3)
-  args, fields = parser.parse_known_args(argv)
-  config = runs.override(_recipe(), fields)
+  """The command; see the module's docstring."""
+  args, overrides = study.parse(study.parser(__doc__, 'head', seeds=3), argv)
+  config = config_lib.override(recipe(), overrides)
+  command.prepare_backend()
   dataset = load_dataset(config.data)
-  found: dict[str, list[dict[str, Any]]] = {}
-  for name, of_head in HEADS.items():
+  measurements = []
+  for name, fields in HEADS.items():
     workdir = args.workdir / name.replace(' + ', '_').replace(' ', '_')
-    results = runs.train_seeds(runs.vary(config, of_head), workdir, args.seeds, dataset)
-    found[name] = [
-      {'parameters': result['num_parameters'], 'test': result['test_accuracy']}
-      | _moved(record.seed_workdir(workdir, seed), dataset.test)
-      for seed, result in enumerate(results)
+    runs = study.train_seeds(config_lib.vary(config, fields), workdir, args.seeds, dataset)
+    moved = [_accuracies(record.seed_workdir(workdir, seed), dataset.test) for seed in range(args.seeds)]
+    accuracies = {'test': [run['test_accuracy'] for run in runs]}
+    accuracies |= {images: [of_seed[images] for of_seed in moved] for images in moved[0]}
+    measurements += [
+      {'head': name, 'parameters': runs[0]['num_parameters'], 'images': images, 'accuracy': results.summary(values)}
+      for images, values in accuracies.items()
     ]
-  print(f'\n{dataset.name}')
-  pooled = {name: results for name, results in found.items() if 'average' in name}
-  for part, columns in ((found, ['test', *MOVES]), (pooled, _canvases(dataset.test.images.shape[1]))):
-    rows = [
-      [name, f'{results[0]["parameters"]:,}', *(runs.mean_std([r[c] for r in results]) for c in columns)]
-      for name, results in part.items()
-    ]
-    print(f'\n{runs.table(["", "parameters", *columns], rows)}')
-  print(f'\nTest accuracy, mean ± standard deviation of {args.seeds} seeds.')
-  if args.json:
-    record.write_json(args.json, found)
-  if args.plot:
-    _plot(found, dataset.test.images.shape[1], args.plot)
+  found = study.found(args, dataset, measurements=measurements)
+  results.publish(found, tables, args.output, lambda path: plot(found, path))
 
 
-def _recipe() -> Any:
-  return runs.vary(
+def recipe() -> ConfigDict:
+  """The config of all runs."""
+  return config_lib.vary(
     default_config(),
     {'data.source': 'tfds', 'epochs': 2, 'schedule.warmup_epochs': 0.5, 'model.features': (16, 32, 64)},
   )
 
 
+def tables(found: Mapping[str, Any]) -> dict[str, str]:
+  """The tables of README.md: digits that are moved, and larger canvases."""
+  accuracies = results.grid(found['measurements'], 'head', 'images', 'accuracy')
+  parameters = {one['head']: f'{one["parameters"]:,}' for one in found['measurements']}
+
+  def table(columns: Sequence[str]) -> str:
+    rows = [
+      [head, parameters[head], *(results.show(cells[images]) for images in columns)]
+      for head, cells in accuracies.items()
+      if set(columns) <= cells.keys()
+    ]
+    return markdown(['head', 'parameters', *columns], rows)
+
+  return {
+    'moved': f'{results.source(found)}\n\n{table(["test", *MOVES])}',
+    'canvases': table(_canvas_names(accuracies)),
+  }
+
+
 def shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
-  """Moves images by whole pixels; what comes in is zero, the black that MNIST has around its digits.
+  """Moves images by whole pixels and fills the border with zero, the background of MNIST.
 
   Args:
     images: uint8 (n, height, width, channels).
-    down, right: pixels; negative ones are up and left.
+    down, right: pixels; negative values move up and left.
   """
   height, width = images.shape[1:3]
   framed = np.pad(images, ((0, 0), (abs(down),) * 2, (abs(right),) * 2, (0, 0)))
@@ -77,12 +92,12 @@ def shifted(images: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def on_canvas(images: np.ndarray, side: int, seed: int | None = None) -> np.ndarray:
-  """Puts images on black canvases, in the middle, or with a seed anywhere where they are whole.
+  """Places images on black canvases.
 
   Args:
     images: uint8 (n, height, width, channels).
     side: of the canvases, pixels.
-    seed: of the places.
+    seed: of random places where the images lie inside; None: in the middle.
 
   Returns:
     uint8 (n, side, side, channels).
@@ -99,7 +114,7 @@ def on_canvas(images: np.ndarray, side: int, seed: int | None = None) -> np.ndar
 
 
 def _canvases(side: int) -> dict[str, tuple[int, int | None]]:
-  """Name -> side and seed of `on_canvas`, for images of this side: 40 and 56 pixels for 28."""
+  """The canvases for images of a side, as name -> arguments of `on_canvas`: 40 and 56 pixels for 28."""
   return {
     f'{place} {size}x{size}': (size, seed)
     for size in (round(side * 10 / 7), 2 * side)
@@ -107,15 +122,19 @@ def _canvases(side: int) -> dict[str, tuple[int, int | None]]:
   }
 
 
-def _moved(workdir: Path, test: Split) -> dict[str, float]:
-  """The accuracy of a run on the test images moved in eight directions, and on larger canvases if it takes them."""
+def _canvas_names(accuracies: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  return [images for images in next(iter(accuracies.values())) if images not in ('test', *MOVES)]
+
+
+def _accuracies(workdir: Path, test: Split) -> dict[str, float]:
+  """The accuracy of a run on moved digits (mean of eight directions), and on canvases unless its head is flattened."""
 
   def measure() -> dict[str, float]:
-    run = evaluate.load_run(workdir)
+    run = load_run(workdir)
 
     def accuracy(images: np.ndarray) -> float:
-      moved = Split(images, test.labels)
-      return evaluate.evaluate_split(run.model, run.variables, moved, run.config.evaluation.batch_size)['accuracy']
+      split = Split(images, test.labels)
+      return evaluate.evaluate_split(run.model, run.variables, split, run.config.evaluation.batch_size)['accuracy']
 
     images = np.asarray(test.images)
     directions = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
@@ -123,33 +142,39 @@ def _moved(workdir: Path, test: Split) -> dict[str, float]:
       name: statistics.mean(accuracy(shifted(images, by * y, by * x)) for y, x in directions)
       for name, by in MOVES.items()
     }
-    if run.model.aggregate == 'gap':
+    if run.config.model.aggregate == 'gap':
       for name, (side, seed) in _canvases(images.shape[1]).items():
         accuracies[name] = accuracy(on_canvas(images, side, seed))
     return accuracies
 
-  return runs.kept(workdir / 'moved.json', measure)
+  measured = study.cached(workdir / 'moved.json', measure)
+  return {name: measured[name] for name in (*MOVES, *_canvases(test.images.shape[1])) if name in measured}
 
 
-def _plot(found: dict[str, list[dict[str, Any]]], side: int, path: Path) -> None:
-  with runs.figure(path, widths=(1, 1), size=(11, 4)) as (_, (left, right)):
-    lines = {name: [[100 * r[move] for r in results] for move in ('test', *MOVES)] for name, results in found.items()}
+def plot(found: Mapping[str, Any], path: Path) -> None:
+  """Draws accuracy against the distance, and the accuracies of the first head on canvases."""
+  accuracies = results.grid(found['measurements'], 'head', 'images', 'accuracy')
+  percent = {
+    head: {images: [100 * value for value in cell['values']] for images, cell in cells.items()}
+    for head, cells in accuracies.items()
+  }
+  with plots.figure(path, widths=(1, 1), size=(11, 4)) as (_, (left, right)):
     pixels = (0, *MOVES.values())
     left.set(xlim=(-0.1, 6.4), xticks=pixels, ylabel='test accuracy, %')
-    left.set_xlabel('test images moved by, pixels', loc='left')
-    left.set_title('Digits out of their place')
-    runs.curves(left, pixels, lines)
-    canvases = ['test', *_canvases(side)]
+    left.set_xlabel('distance by which the test images are moved, pixels', loc='left')
+    left.set_title('Moved digits')
+    plots.curves(left, pixels, {head: [of[images] for images in ('test', *MOVES)] for head, of in percent.items()})
+    head, values = next(iter(percent.items()))
+    canvases = ['test', *_canvas_names(accuracies)]
     for i, name in enumerate(canvases):
-      values = [100 * r[name] for r in found['average + dense']]
-      right.plot([statistics.mean(values)] * 2, [i - 0.2, i + 0.2], color=runs.COLOURS[0], linewidth=2)
-      right.plot(values, [i] * len(values), 'o', color=runs.COLOURS[0], alpha=0.5, markeredgewidth=0)
-    right.set_yticks(range(len(canvases)), ['the image as it is', *canvases[1:]])
+      right.plot([statistics.mean(values[name])] * 2, [i - 0.2, i + 0.2], color=plots.COLOURS[0], linewidth=2)
+      right.plot(values[name], [i] * len(values[name]), 'o', color=plots.COLOURS[0], alpha=0.5, markeredgewidth=0)
+    right.set_yticks(range(len(canvases)), ['original image', *canvases[1:]])
     right.invert_yaxis()
     right.tick_params(axis='y', length=0)
-    right.set_xlabel('test accuracy of average + dense, %')
-    right.set_title('Canvases larger than any image in training')
+    right.set_xlabel(f'test accuracy of {head}, %')
+    right.set_title('Canvases larger than the training images')
 
 
 if __name__ == '__main__':
-  runs.run(main)
+  command.run(main)

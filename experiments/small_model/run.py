@@ -1,23 +1,25 @@
-"""How accurate can a network of less than 8,000 parameters be on MNIST?
+"""The test accuracy on MNIST of a network with fewer than 8,000 parameters.
 
-    TFDS_DATA_DIR=DIR python -m experiments.small_model.run [--seeds=5] [--json=FILE] [--plot=FILE.png]
-    TFDS_DATA_DIR=DIR python -m experiments.small_model.run --select=10 --seeds=1
+    TFDS_DATA_DIR=DIR python -m experiments.small_model.run [--seeds=5] [--output=experiments/small_model]
+    TFDS_DATA_DIR=DIR python -m experiments.small_model.run --select=10 --seeds=1 [--output=experiments/small_model]
 
-The first trains `configs/mnist_small.py` and takes the test once a seed, after the last epoch. The second is how that
-config was chosen: it trains each candidate for 10 epochs and looks at validation alone.
+The first command trains `configs/mnist.py:small` and evaluates the test split once per seed, after the last epoch. The
+second one selected that config: it trains each candidate for 10 epochs and evaluates validation only.
 """
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import record
+from cnn_jax import command, record
+from cnn_jax import config as config_lib
 from cnn_jax.data import load_dataset
-from configs import mnist_small
-from experiments import runs
+from cnn_jax.tables import markdown
+from experiments import plots, results, study
 
+CONFIG = f'{study.CONFIGS}/mnist.py:small'
 LIMIT = 8_000  # parameters: kernels, biases, and the scales and biases of norms
 
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -28,45 +30,71 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def main(argv: Sequence[str]) -> None:
-  """Trains the seeds, or the candidates, and prints the table."""
-  parser = runs.parser(__doc__, 'small_model', seeds=5)
-  parser.add_argument('--select', type=int, metavar='EPOCHS', help='compare candidates on validation instead')
-  args, fields = parser.parse_known_args(argv)
-  config = runs.override(mnist_small.get_config(), fields)
+  """The command; see the module's docstring."""
+  parser = study.parser(__doc__, 'small_model', seeds=5)
+  study.add_select(parser)
+  args, overrides = study.parse(parser, argv)
+  config = config_lib.load(CONFIG, overrides)
+  command.prepare_backend()
   dataset = load_dataset(config.data)
   if args.select:
-    print('\n' + runs.select(config, CANDIDATES, args.select, args.workdir, args.seeds, dataset))
+    selection = study.select(config, CANDIDATES, args, dataset)
+    results.publish({'selection': selection}, tables, args.output)
     return
-  results = runs.train_seeds(config, args.workdir, args.seeds, dataset)
-  accuracies = [result['test_accuracy'] for result in results]
-  minutes = statistics.median(result['train_seconds'] for result in results) / 60
-  header = ['parameters', 'epochs', 'minutes a seed', 'test accuracy', 'worst seed', 'best seed', 'n']
-  row = [f'{results[0]["num_parameters"]:,}', str(results[0]['epochs']), f'{minutes:.1f}', runs.mean_std(accuracies)]
-  row += [f'{100 * min(accuracies):.2f} %', f'{100 * max(accuracies):.2f} %', str(len(accuracies))]
-  print(f'\n{dataset.name}\n\n{runs.table(header, [row])}')
-  if args.json:
-    record.write_json(args.json, {'results': results})
-  if args.plot:
-    _plot(args.workdir, accuracies, args.plot)
+  args.workdir /= 'chosen'
+  runs = study.train_seeds(config, args.workdir, args.seeds, dataset)
+  found = study.found(
+    args,
+    dataset,
+    parameters=runs[0]['num_parameters'],
+    epochs=runs[0]['epochs'],
+    train_seconds=results.summary([run['train_seconds'] for run in runs]),
+    test_accuracy=results.summary([run['test_accuracy'] for run in runs]),
+    validation=_validation(args.workdir, args.seeds),
+  )
+  results.publish(found, tables, args.output, lambda path: plot(found, path))
 
 
-def _plot(workdir: Path, accuracies: list[float], path: Path) -> None:
-  """The validation error of each seed, epoch by epoch, and beside its end the test error."""
-  with runs.figure(path, size=(6.5, 3.8)) as (_, (axes,)):
-    blue, red = runs.COLOURS[:2]
-    end = 0
-    for seed in range(len(accuracies)):
-      lines = map(json.loads, (record.seed_workdir(workdir, seed) / 'metrics.jsonl').read_text().splitlines())
-      points = [(line['epoch'], 100 * (1 - line['accuracy'])) for line in lines if line['split'] == 'validation']
-      axes.plot(*zip(*points, strict=True), color=blue, alpha=0.5, linewidth=1)
-      end, last = points[-1]
-    tests = [100 * (1 - accuracy) for accuracy in accuracies]
-    axes.plot([1.03 * end] * len(tests), tests, 'o', color=red, markersize=4, alpha=0.6, markeredgewidth=0)
-    runs.error_axis(axes)
-    runs.name_ends(axes, 1.03 * end, [(last, 'validation', blue), (statistics.mean(tests), 'test', red)])
-    axes.set_xticks(range(0, int(end) + 1, max(1, round(end / 5))))
-    axes.set(xlabel='epoch', ylabel='error, %', title=f'Less than {LIMIT:,} parameters, seed by seed')
+def tables(found: Mapping[str, Any]) -> dict[str, str]:
+  """The tables of README.md: the selection, and the result."""
+  made = {}
+  if 'selection' in found:
+    made['selection'] = study.selection_table(found['selection'])
+  if 'test_accuracy' in found:
+    accuracy = found['test_accuracy']
+    row = [f'{found["parameters"]:,}', str(found['epochs']), *results.show_range(accuracy)]
+    header = ['parameters', 'epochs', 'test accuracy', 'worst seed', 'best seed', 'n']
+    made['results'] = f'{results.source(found)}\n\n{markdown(header, [row])}'
+  return made
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+  """Draws the validation error of each seed per epoch, and the test errors after the last one."""
+  with plots.figure(path, size=(6.5, 3.8)) as (_, (axes,)):
+    blue, red = plots.COLOURS[:2]
+    epochs = [one['epoch'] for one in found['validation']]
+    by_seed = zip(*(one['accuracy']['values'] for one in found['validation']), strict=True)
+    for accuracies in by_seed:
+      errors = [100 * (1 - accuracy) for accuracy in accuracies]
+      axes.plot(epochs, errors, color=blue, alpha=0.5, linewidth=1)
+    tests = [100 * (1 - accuracy) for accuracy in found['test_accuracy']['values']]
+    end = 1.03 * epochs[-1]
+    axes.plot([end] * len(tests), tests, 'o', color=red, markersize=4, alpha=0.6, markeredgewidth=0)
+    plots.error_axis(axes)
+    plots.name_ends(axes, end, [(errors[-1], 'validation', blue), (statistics.mean(tests), 'test', red)])
+    axes.set_xticks(range(0, int(epochs[-1]) + 1, max(1, round(epochs[-1] / 5))))
+    axes.set(xlabel='epoch', ylabel='error, %', title=f'Fewer than {LIMIT:,} parameters: every seed')
+
+
+def _validation(workdir: Path, seeds: int) -> list[dict[str, Any]]:
+  """The validation accuracy of all seeds per epoch."""
+  by_epoch: dict[int, list[float]] = {}
+  for seed in range(seeds):
+    for line in map(json.loads, (record.seed_workdir(workdir, seed) / 'metrics.jsonl').read_text().splitlines()):
+      if line['split'] == 'validation':
+        by_epoch.setdefault(line['epoch'], []).append(line['accuracy'])
+  return [{'epoch': epoch, 'accuracy': results.summary(values)} for epoch, values in sorted(by_epoch.items())]
 
 
 if __name__ == '__main__':
-  runs.run(main)
+  command.run(main)

@@ -1,9 +1,9 @@
-"""The learning rate, and the two settings whose best values move with it: momentum and weight decay.
+"""The learning rate, and the two settings whose best values depend on it: momentum and weight decay.
 
-python -m experiments.sweep --config=configs/digits.py --space=experiments/spaces/learning_rate.py --trials=30
+python -m cnn_jax.sweep --config=configs/digits.py --space=experiments/spaces/learning_rate.py --trials=30
 """
 
-# What --sampler=grid tries of each; the other samplers take the whole ranges below.
+# The values of --sampler=grid. The other samplers use the whole ranges below.
 GRID = {
   'learning_rate': (0.01, 0.03, 0.1, 0.3, 1.0),
   'momentum': (0.8, 0.9, 0.95),

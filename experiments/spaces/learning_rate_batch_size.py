@@ -1,6 +1,6 @@
-"""Learning rate and batch size together: does the best learning rate grow with the batch?
+"""Learning rate and batch size: does the best learning rate grow with the batch size?
 
-python -m experiments.sweep --config=configs/digits.py --space=experiments/spaces/learning_rate_batch_size.py \\
+python -m cnn_jax.sweep --config=configs/digits.py --space=experiments/spaces/learning_rate_batch_size.py \\
   --sampler=grid --pruner=none --trials=28
 """
 

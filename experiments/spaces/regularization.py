@@ -1,6 +1,6 @@
-"""What keeps a network from learning its training images by heart.
+"""Regularization: weight decay, label smoothing, dropout and augmentation.
 
-python -m experiments.sweep --config=configs/digits.py --space=experiments/spaces/regularization.py --trials=40
+python -m cnn_jax.sweep --config=configs/digits.py --space=experiments/spaces/regularization.py --trials=40
 """
 
 

@@ -1,0 +1,64 @@
+"""The PyTorch peer of `run.py`: eager or compiled, channels_last, one thread per CPU.
+
+    python -m benchmarks.step_time.torch_peer pytorch|pytorch_compiled '[[28, 28, 1], [32, 64, 128]]' 128
+
+The arguments and the requests `train STEPS` and `inference STEPS` are those of `jax_peer.py`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import peers
+
+
+def main(argv: Sequence[str]) -> None:
+  """Warms up, reports the version of PyTorch, and answers requests."""
+  name, network, size = argv
+  (height, width, channels), features = json.loads(network)
+  batch = int(size)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  model = build(channels, features).to(memory_format=torch.channels_last)
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+  images = torch.rand(batch, channels, height, width).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+  labels = torch.randint(0, 10, (batch,))
+  forward = torch.compile(model) if name == 'pytorch_compiled' else model
+
+  def train(steps: int) -> None:
+    model.train()
+    for _ in range(steps):
+      optimizer.zero_grad(set_to_none=True)
+      F.cross_entropy(forward(images), labels).backward()
+      optimizer.step()
+
+  def inference(steps: int) -> None:
+    model.eval()
+    with torch.inference_mode():
+      for _ in range(steps):
+        forward(images)
+
+  runs = {'train': train, 'inference': inference}
+  for run in runs.values():
+    run(3)
+  peers.serve(lambda work, steps: peers.time_steps(runs[work], int(steps)), version=torch.__version__)
+
+
+def build(channels: int, features: Sequence[int]) -> nn.Sequential:
+  """The network of `jax_peer.StockCNN`."""
+  layers: list[nn.Module] = []
+  for i, width in enumerate(features):
+    layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=False))
+    if i < len(features) - 1:
+      layers.append(nn.MaxPool2d(2))
+    layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    channels = width
+  return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

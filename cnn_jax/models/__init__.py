@@ -1,0 +1,191 @@
+"""The networks. Each file of this folder is one; nothing else in the code base knows the names of its layers.
+
+`cnn_jax/models/NAME.py`, chosen by `config.model.name = 'NAME'`, defines
+
+    default_config() -> ConfigDict              the other fields of `config.model`, each with a comment
+    RULES: dict[str, tuple | str]               which values they may have; see `cnn_jax.config.check`
+    create(config, num_classes) -> nn.Module    the network that the section `config.model` describes
+
+The module maps float images (batch, height, width, channels), normalised, to `(logits, maps)`:
+
+    logits, maps = module.apply(variables, images, train=False, positions=None)
+
+- `logits`: float32 (batch, num_classes).
+- `maps`: an ordered dict of intermediate results: `stage1`, `stage2`, ... (batch, height, width, channels), from the
+  image on; `pooled` (batch, features), the input of the head; `logits`. `jit` drops what nobody uses.
+- `train`: whether to use the statistics of the batch, synchronised over the axis `batch`, and to drop units.
+- `positions`: int32 (batch,), of the images in the global batch; whatever is random is keyed by them, so that it does
+  not depend on the number of devices.
+- The last layer is called `head`: a dense layer or a 1x1 convolution with a `kernel` and a `bias`.
+- The fields `num_classes` and `dtype` (of the arithmetic; parameters stay float32) are there under these names. The
+  field `frozen_stages` says how many stages, from the first on, run with `train=False` and without gradients.
+- Convolutions and norms are those of `flax.linen`, at most with another function inside, so that the layer table and
+  the receptive field find them by type.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from ml_collections import ConfigDict
+
+from cnn_jax import UsageError
+
+_NOT_NETWORKS = {'layers'}
+
+
+def names() -> list[str]:
+  """The networks that there are."""
+  return sorted({module.name for module in pkgutil.iter_modules(__path__)} - _NOT_NETWORKS)
+
+
+def default_config(name: str) -> ConfigDict:
+  """The section `config.model` of a network, with its defaults.
+
+  Args:
+    name: of a file of this folder.
+
+  Raises:
+    UsageError: there is no such network.
+  """
+  return ConfigDict({'name': name, **_module(name).default_config().to_dict()})
+
+
+def rules(name: str) -> dict[str, Any]:
+  """The values that the fields of a network may have; see `cnn_jax.config.check`."""
+  return _module(name).RULES
+
+
+def create(config: Any, num_classes: int) -> nn.Module:
+  """Makes the network that `config.model` describes.
+
+  Args:
+    config: the section `config.model`, checked.
+    num_classes: outputs of the head.
+  """
+  return _module(config.name).create(config, num_classes)
+
+
+def init(model: nn.Module, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
+  """Initialises a network: `{'params', 'batch_stats'}`, the latter empty if it has no running statistics.
+
+  Args:
+    model: from `create`.
+    key: of the random numbers.
+    image_shape: (height, width, channels).
+  """
+  variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
+  return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+
+
+def init_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:
+  """What `init` returns, as shapes and dtypes; computes nothing."""
+  return jax.eval_shape(lambda: init(model, jax.random.key(0), image_shape))
+
+
+def map_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of the maps of one image: `stage1`, ..., `pooled`, `logits`; computes nothing.
+
+  `jit` and `eval_shape` return dicts in the order of their sorted keys; here the stages come in theirs.
+  """
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  maps = jax.eval_shape(lambda v, x: model.apply(v, x)[1], init_shapes(model, image_shape), images)
+  return {name: maps[name] for name in [*stage_names(maps), 'pooled', 'logits']}
+
+
+def stage_names(maps: Any) -> list[str]:
+  """`stage1`, `stage2`, ..., as many as there are in a dict of maps, from the image on."""
+  return [f'stage{i}' for i in range(1, 1 + sum(name.startswith('stage') for name in maps))]
+
+
+def num_parameters(params: Any) -> int:
+  """How many numbers a tree of arrays holds."""
+  return sum(p.size for p in jax.tree.leaves(params))
+
+
+def parameters_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
+  """Which stage each parameter belongs to: the first one whose maps depend on it.
+
+  The dependence is read off the program that computes the maps, so no layer is known by name.
+
+  Args:
+    model: from `create`.
+    image_shape: (height, width, channels).
+
+  Returns:
+    A tree like `params` of numbers from 1 on; the parameters that no stage depends on, the head's, have one more than
+    there are stages.
+  """
+  variables = init_shapes(model, image_shape)
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+  def stages(params):
+    maps = model.apply({**variables_of(params), 'params': params}, jnp.zeros(images.shape), train=False)[1]
+    return [maps[name] for name in stage_names(maps)]
+
+  def variables_of(params):
+    del params
+    return {'batch_stats': jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables['batch_stats'])}
+
+  program = jax.make_jaxpr(stages)(variables['params']).jaxpr
+  belongs = [len(program.outvars) + 1] * len(program.invars)
+  for stage in range(len(program.outvars), 0, -1):
+    needed = _inputs_of(program, program.outvars[stage - 1])
+    belongs = [stage if var in needed else other for var, other in zip(program.invars, belongs, strict=True)]
+  return jax.tree.unflatten(jax.tree.structure(variables['params']), belongs)
+
+
+def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> None:
+  """Checks a network against the images that it is to classify; computes nothing.
+
+  Args:
+    config: the section `config.model`, checked.
+    num_classes: outputs of the head.
+    image_shape: (height, width, channels).
+
+  Raises:
+    UsageError: the images are so small that a stage has no pixels, or fewer stages than are to be frozen.
+  """
+  model = create(config, num_classes)
+  height, width, channels = image_shape
+
+  def fits(height: int, width: int) -> bool:
+    try:
+      return all(shape.size for shape in map_shapes(model, (height, width, channels)).values())
+    except (ValueError, TypeError, ZeroDivisionError):  # what Flax and JAX raise for negative and empty shapes
+      return False
+
+  if not fits(height, width):
+    least = next((side for side in range(min(height, width), 2049) if fits(side, side)), None)
+    needs = f'needs images of at least {least} pixels a side' if least else 'fits no image'
+    raise UsageError(
+      f'the network of config.model {needs}, but these have {height}x{width}; '
+      'use one with fewer stages, or a larger config.data.image_size.'
+    )
+  stages = stage_names(map_shapes(model, image_shape))
+  if config.frozen_stages > len(stages):
+    raise UsageError(
+      f'config.model.frozen_stages is {config.frozen_stages} but the network has {len(stages)} stages; '
+      'freeze at most that many.'
+    )
+
+
+def _module(name: str) -> Any:
+  known = names()
+  if name not in known:
+    raise UsageError(f'config.model.name is {name!r}; it must be one of: {", ".join(known)}.')
+  return importlib.import_module(f'{__name__}.{name}')
+
+
+def _inputs_of(program: Any, output: Any) -> set[Any]:
+  """The variables of a program that an output depends on."""
+  needed = {output}
+  for equation in reversed(program.eqns):
+    if needed.intersection(equation.outvars):
+      needed.update(var for var in equation.invars if not isinstance(var, core.Literal))
+  return needed

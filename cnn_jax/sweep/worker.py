@@ -1,0 +1,251 @@
+"""The processes that train for a sweep, each on its own share of the machine.
+
+The process of the sweep keeps the study and never starts JAX. A worker trains one run after another, and asks at each
+validation whether to continue. It keeps the data set from run to run, and ends if the sweep ends for any reason.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cnn_jax import Diverged, Stopped, UsageError
+
+_SECONDS_TO_EXIT = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A run to train."""
+
+  config: dict[str, Any]  # a ConfigDict as a plain dict, which pickles
+  workdir: str
+  evaluate_test: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part of the machine that one of several workers uses; None: all of it."""
+
+  cores: tuple[int, ...] | None
+  gpus: tuple[str, ...] | None
+  alone_on_gpu: bool
+
+
+class Worker:
+  """A process that trains one task at a time; see `serve` for the messages that it sends.
+
+  Args:
+    share: of the machine; see `shares`.
+
+  Attributes:
+    connection: receives the messages; it reports end of file if the process has died.
+  """
+
+  def __init__(self, share: Share):
+    context = multiprocessing.get_context('spawn')  # JAX's threads do not survive a fork
+    self.share = share
+    self.connection, theirs = context.Pipe()
+    self._process = context.Process(target=_work, args=(theirs, share), daemon=True)
+    self._process.start()
+    theirs.close()  # otherwise the end of the process would not end the connection
+
+  def give(self, task: Task) -> None:
+    """Starts a task."""
+    self._send(task)
+
+  def reply(self, prune: bool) -> None:
+    """Answers a validation."""
+    self._send(prune)
+
+  def stop(self) -> None:
+    """Asks the process to stop; it saves the run in progress first."""
+    self._process.terminate()
+
+  def close(self) -> None:
+    """Ends an idle process; one that has not exited after five seconds is killed."""
+    self.connection.close()
+    self._process.join(_SECONDS_TO_EXIT)
+    self._process.kill()
+    self._process.join()
+
+  def kill(self) -> int:
+    """Kills the process if it still runs; returns its exit status (negative: the number of the signal)."""
+    self._process.kill()
+    self._process.join()
+    self.connection.close()
+    return self._process.exitcode or 0
+
+  def _send(self, value: Any) -> None:
+    with contextlib.suppress(OSError):  # the process has died, which the next read of the connection reports
+      self.connection.send(value)
+
+
+def shares(workers: int) -> list[Share]:
+  """Divides the machine's cores and GPUs evenly; if there are fewer than workers, several workers share one."""
+  if workers == 1:
+    return [Share(None, None, True)]
+  cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, 'sched_getaffinity') else ()
+  gpus = _gpus()
+  return [
+    Share(_divide(cores, i, workers) or None, _divide(gpus, i, workers) or None, len(gpus) >= workers)
+    for i in range(workers)
+  ]
+
+
+def serve(connection: multiprocessing.connection.Connection, before_task: Callable[[Task], None]) -> None:
+  """Trains the tasks that arrive on a connection, one after another, until the other end is closed.
+
+  Sends for each task ('began', name of the data set), then ('validation', epoch, accuracy) after each validation,
+  which waits for the answer whether to prune, and at the end one of ('done', result), ('pruned',), ('diverged', message),
+  ('infeasible', message), ('stopped',), ('usage', message) and ('bug', traceback).
+
+  Args:
+    connection: to the process of the sweep.
+    before_task: called with each task before anything is loaded or trained; its exceptions are outcomes of the task.
+  """
+  import jax
+
+  loaded: dict[str, Any] = {}  # the last data set, by the section `data` of its config as JSON
+  while True:
+    try:
+      task = connection.recv()
+    except EOFError:
+      return
+    try:
+      before_task(task)
+      outcome = _train(task, loaded, connection)
+    except Exception as error:
+      traceback.print_exc()
+      outcome = ('usage', str(error)) if isinstance(error, UsageError) else ('bug', traceback.format_exc())
+    jax.clear_caches()  # a program serves one config; hundreds of them would fill the memory
+    connection.send(outcome)
+
+
+class _PrunedError(Exception):
+  pass
+
+
+def _train(task: Task, loaded: dict[str, Any], connection: multiprocessing.connection.Connection) -> tuple[Any, ...]:
+  import jax
+  from ml_collections import ConfigDict
+
+  from cnn_jax import config as config_lib
+  from cnn_jax import main
+  from cnn_jax.data import load_dataset
+
+  config = ConfigDict(task.config).lock()
+  try:
+    config_lib.check(config)
+    config_lib.check_devices(config, jax.device_count())
+  except UsageError as error:
+    return 'infeasible', str(error)
+  key = json.dumps(task.config['data'], sort_keys=True)
+  if key not in loaded:
+    loaded.clear()
+    loaded[key] = load_dataset(config.data)
+  dataset = loaded[key]
+  if not len(dataset.validation):
+    raise UsageError('there is no validation split to compare trials on; raise config.data.validation.')
+  try:
+    config_lib.check_data(config, len(dataset.train), len(dataset.class_names), dataset.train.images.shape[1:])
+  except UsageError as error:
+    return 'infeasible', str(error)
+
+  def on_validation(epoch: int, metrics: dict[str, float]) -> None:
+    connection.send(('validation', epoch, metrics['accuracy']))
+    if connection.recv():
+      raise _PrunedError
+
+  connection.send(('began', dataset.name))
+  _wait_for(task.workdir)
+  try:
+    result = main.train_and_evaluate(
+      config, task.workdir, dataset=dataset, evaluate_test=task.evaluate_test, on_validation=on_validation
+    )
+  except _PrunedError:
+    return ('pruned',)
+  except Diverged as error:
+    return 'diverged', str(error)
+  except Stopped:
+    return ('stopped',)
+  return 'done', result
+
+
+def _wait_for(workdir: str) -> None:
+  """Waits until a process that missed its heartbeats has noticed that the run was reassigned, and unlocks its workdir."""
+  from cnn_jax import record
+
+  end = time.monotonic() + 60
+  while time.monotonic() < end:
+    with contextlib.suppress(UsageError), record.lock(workdir):
+      return
+    time.sleep(0.5)
+
+
+def _work(connection: multiprocessing.connection.Connection, share: Share) -> None:
+  os.setsid()  # Ctrl-C in a terminal reaches the sweep alone, which then stops its workers, once
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  # All of this must precede the start of JAX.
+  if share.cores:
+    os.sched_setaffinity(0, share.cores)
+  if share.gpus:
+    os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(share.gpus)
+  if not share.alone_on_gpu:
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+  from cnn_jax import command
+
+  command.prepare_backend()
+  serve(connection, _log_to_workdir)
+
+
+def _log_to_workdir(task: Task) -> None:
+  """Sends everything that this process prints to log.txt: the output of several runs would mix on a terminal."""
+  log = Path(task.workdir) / 'log.txt'
+  try:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+  except OSError as error:
+    raise UsageError(f'cannot write to {log}: {error.strerror}; correct that or choose another --workdir.') from error
+  sys.stdout.flush()
+  for descriptor in (1, 2):
+    os.dup2(file, descriptor)
+  os.close(file)
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  multiprocessing.connection.wait([parent.sentinel])
+  os.kill(os.getpid(), signal.SIGKILL)  # as the sweep was killed; the run continues from its last checkpoint
+
+
+def _divide(items: Sequence[Any], i: int, n: int) -> tuple[Any, ...]:
+  """Part i of n of the items; one of them if there are fewer than n."""
+  if len(items) < n:
+    return tuple(items[i % len(items) :][:1]) if items else ()
+  return tuple(items[i * len(items) // n : (i + 1) * len(items) // n])
+
+
+def _gpus() -> tuple[str, ...]:
+  if 'CUDA_VISIBLE_DEVICES' in os.environ:
+    return tuple(name.strip() for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name.strip())
+  if shutil.which('nvidia-smi') is None:
+    return ()
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20, check=True).stdout
+    return tuple(str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith('GPU ')))
+  return ()

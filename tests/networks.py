@@ -1,0 +1,15 @@
+"""Small variants of the networks, for the tests that hold for every network."""
+
+from cnn_jax import models
+
+# {network: fields of `config.model`}. A new network is tested when it has a line here, and a test asks for one.
+SMALL = {
+  'cnn': {'features': (4, 8), 'dropout': 0.2},
+}
+
+
+def small_network(name, num_classes=5, **fields):
+  """A small variant of a network, with some fields set."""
+  config = models.default_config(name)
+  config.update(SMALL[name] | fields)
+  return models.create(config, num_classes)

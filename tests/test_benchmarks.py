@@ -1,0 +1,195 @@
+"""Every benchmark runs at a tiny size, and its README has the tables of its results.json. step_time: test_step_time.py."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import peers, results
+from benchmarks.fine_tuning import run as fine_tuning
+from benchmarks.many_seeds import run as many_seeds
+from benchmarks.mnist_speedrun import run as mnist_speedrun
+from benchmarks.scaling import run as scaling
+from benchmarks.start_up import run as start_up
+from cnn_jax import UsageError
+from tests.helpers import call_command
+
+PEER = """
+from benchmarks.peers import serve
+serve(lambda a, b: {'sum': int(a) + int(b)}, version='1')
+"""
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('folder', results.folders(), ids=lambda folder: folder.name)
+def test_the_readme_has_the_tables_of_the_results(folder):
+  text = (folder / 'README.md').read_text()
+  assert results.page(folder) == text, 'run python -m benchmarks.results'
+  by_hand = re.sub(r'<!-- (\w+) -->.*?<!-- end of \1 -->', '', text, flags=re.DOTALL)
+  assert '| --- |' not in by_hand
+  assert {'command', 'hardware', 'versions', 'commit'} <= results.read(folder / 'results.json').keys()
+
+
+def test_every_benchmark_has_results():
+  assert results.folders() == sorted(path.parent for path in results.FOLDER.glob('*/run.py'))
+
+
+def test_results_of_another_measurement_are_kept(tmp_path):
+  file = tmp_path / 'results.json'
+  results.publish({'commit': 'a', 'measurements': [1]}, {}, file)
+  results.publish({'commit': 'b', 'repeats': [2]}, {}, file)
+  assert results.read(file) == {'commit': 'b', 'measurements': [1], 'repeats': [2]}
+
+
+def test_a_folder_that_does_not_exist_is_found_before_the_measurement(tmp_path):
+  done = call_command('benchmarks.many_seeds.run', f'--json={tmp_path / "none" / "results.json"}')
+  assert done.returncode == 2
+  assert 'there is no folder' in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+
+
+# Peers ------------------------------------------------------------------------------------------
+
+
+def test_a_peer_answers_and_is_stopped_in_between(tmp_path):
+  (tmp_path / 'echo_peer.py').write_text(PEER)
+  path = os.pathsep.join((str(tmp_path), str(peers.ROOT)))
+  with peers.Peer('echo_peer', environment={'PYTHONPATH': path}) as peer:
+    assert peer.ready == {'version': '1'}
+    assert peer.ask(2, 3) == {'sum': 5}
+    deadline = time.monotonic() + 30
+    while sys.platform == 'linux' and _state(peer.pid) != 'T':
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    with pytest.raises(UsageError, match='echo_peer ended with status 1'):
+      peer.ask('two', 3)
+
+
+def _state(pid):
+  """The state of a process on Linux: 'T' if it is stopped."""
+  return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+
+
+def test_rounds_are_interleaved():
+  order = []
+  measured = peers.interleave(lambda name, i: order.append(name) or i, 'ab', 3)
+  assert measured == {'a': [0, 1, 2], 'b': [0, 1, 2]}
+  assert ''.join(order) == 'ababab'
+  with pytest.raises(UsageError, match='0 rounds'):
+    peers.interleave(lambda name, i: i, 'ab', 0)
+
+
+def test_medians_and_ratios_by_hand():
+  assert peers.show(peers.spread([4.0, 1.0, 3.0])) == '3.0 (1.0-4.0)'
+  assert peers.show({'median': 1234.0, 'min': None, 'max': None}, 0) == '1,234'
+  assert peers.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0  # of 2, 3 and 1
+  sample = peers.sample([0.99, 0.97])
+  assert (sample['mean'], sample['std']) == pytest.approx((0.98, 0.01 * 2**0.5))
+  assert peers.sample([0.5])['std'] is None
+
+
+# The benchmarks ---------------------------------------------------------------------------------
+
+
+def _run(name, tmp_path, *arguments):
+  """Runs a benchmark and returns the results that it wrote, after a look at what it printed."""
+  file = tmp_path / 'results.json'
+  done = call_command(f'benchmarks.{name}.run', f'--json={file}', *arguments)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(file.read_text())
+  program = __import__(f'benchmarks.{name}.run', fromlist=['run'])
+  for table in program.tables(found).values():
+    assert table in done.stdout
+  return found
+
+
+def test_scaling(monkeypatch, tmp_path):
+  base = {'batch_size': 8, 'width': 2, 'depth': 1, 'devices': 1, 'processes': 1, 'examples': 32}
+  monkeypatch.setattr(scaling, 'BASE', base)
+  monkeypatch.setattr(scaling, 'POINTS', {'devices': [2]})
+  picture = tmp_path / 'plot.png'
+  found = _run('scaling', tmp_path, '--rounds=1', '--seconds=0.05', f'--plot={picture}')
+  (point,) = found['measurements']
+  assert (point['axis'], point['value']) == ('devices', 2)
+  assert point['images_per_second']['median'] > 0
+  assert point['peak_mb']['median'] > 50
+  assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_scaling_draws_every_axis(tmp_path):
+  scaling.plot(results.read(results.FOLDER / 'scaling' / 'results.json'), tmp_path / 'plot.png')
+  assert (tmp_path / 'plot.png').stat().st_size > 10_000
+
+
+def test_many_seeds_takes_the_same_steps_in_both_ways(monkeypatch, tmp_path):
+  monkeypatch.setattr(many_seeds, 'NETWORKS', {'tiny': ((4, 4, 1), (2,), 4)})
+  (row,) = _run('many_seeds', tmp_path, '--quick', '--rounds=2', '--seconds=0.01')['measurements']
+  assert row['seeds'] == 2
+  assert row['difference'] < 1e-5
+  assert [len(row['ms'][name]['values']) for name in many_seeds.WAYS] == [2, 2]
+
+
+def test_mnist_speedrun(monkeypatch, tmp_path):
+  monkeypatch.setattr(
+    mnist_speedrun, 'RECIPE', mnist_speedrun.RECIPE | {'data.source': 'bundled', 'data.name': 'digits'}
+  )
+  found = _run('mnist_speedrun', tmp_path, '--seeds=2', '--first_seed=5', '--config.model.features=(2,)')
+  (ours,) = found['measurements']
+  assert (ours['program'], ours['accuracy']['n'], found['first_seed'], found['split']) == ('ours', 2, 5, 'test')
+  assert all(0.05 < accuracy < 1 for accuracy in ours['accuracy']['values'])
+  assert len(set(ours['accuracy']['values'])) == 2  # of two seeds
+  assert ours['seconds']['min'] > 0
+
+
+@pytest.fixture(scope='module')
+def fine_tuned(tmp_path_factory):
+  """The results of the benchmark fine_tuning, and the workdir of its runs."""
+  place = tmp_path_factory.mktemp('fine_tuning')
+  random = np.random.default_rng(0)
+  for split, count in (('train', 8), ('test', 2)):
+    for level, name in enumerate('abcd'):
+      folder = place / 'pictures' / split / name
+      folder.mkdir(parents=True)
+      for i in range(count):
+        Image.fromarray(random.integers(60 * level, 60 * level + 60, (8, 8, 3), np.uint8)).save(folder / f'{i}.png')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delitem(fine_tuning.WAYS, 'fine-tuned')  # a part of the third way
+    found = _run(
+      'fine_tuning', place, f'--data_dir={place / "pictures"}', f'--workdir={place / "runs"}', '--seeds=1',
+      '--pictures=4', '--epochs=2', '--steps=3', '--config.data.image_size=8', '--config.data.validation=0.0',
+      '--config.model.features=(2, 2)', '--config.batch_size=4', '--config.augment.shift=0',
+      '--config.augment.flip=False', '--config.log.tensorboard=False',
+    )  # fmt: skip
+  return found, place / 'runs'
+
+
+def test_fine_tuning(fine_tuned):
+  found, _ = fine_tuned
+  assert found['base_classes'] == 2
+  assert [row['accuracy']['n'] for row in found['measurements']] == [1, 1]
+  assert all(row['seconds']['min'] > 0 for row in found['measurements'])
+
+
+def test_start_up(fine_tuned, monkeypatch, tmp_path):
+  trained = fine_tuned[1] / 'base'
+  monkeypatch.setattr(start_up, 'train_digits', lambda workdir, cache: shutil.copytree(trained, workdir))
+  monkeypatch.setattr(start_up, 'TIMES', start_up.TIMES[1:3])  # one of training, one of prediction
+  found = _run(
+    'start_up', tmp_path, '--repeats=1', '--config=configs/digits.py', '--config.model.features=(2,)',
+    '--config.model.convs_per_block=1', '--config.augment.shift=0', '--config.log.tensorboard=False',
+  )  # fmt: skip
+  seconds = {row['what']: row['seconds']['median'] for row in found['measurements']}
+  assert all(0.5 < seconds[what] < 120 for what in start_up.TIMES)
+  assert seconds['import jax'] > 0.1
+  assert seconds['import all'] >= max(seconds['import jax'], seconds['import flax'])
+  # Only reports and data sources need these, so training imports them later.
+  assert not {f'import {name}' for name in ('matplotlib', 'sklearn', 'tensorflow_datasets')} & set(seconds)

@@ -1,0 +1,138 @@
+"""The decoded copy in the cache, lazy images, reading ahead."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from cnn_jax.data import decode, images, load_dataset
+from tests.datasets import make_folder, make_tfds, settings, write
+
+pytestmark = pytest.mark.usefixtures('offline')
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+  """Loads a folder and counts the images decoded; every decoded copy is kept."""
+  calls = []
+  load_image = images.load_image
+  monkeypatch.setattr(images, 'load_image', lambda *a, **k: (calls.append(1), load_image(*a, **k))[1])
+  monkeypatch.setattr(decode, 'MIN_CACHED_SECONDS', -1)
+
+  def load(**fields):
+    calls.clear()
+    return load_dataset(settings('folder', dir=str(tmp_path / 'pets'), **fields)), len(calls)
+
+  make_folder(tmp_path / 'pets', count=10)
+  return load
+
+
+def test_nothing_is_decoded_the_second_time(cached):
+  first, calls = cached()
+  assert calls == 41
+  again, calls = cached()
+  assert calls == 0
+  for split in ('train', 'validation', 'test'):
+    np.testing.assert_array_equal(getattr(again, split).images, getattr(first, split).images)
+    np.testing.assert_array_equal(getattr(again, split).labels, getattr(first, split).labels)
+  larger, calls = cached(image_size=8)
+  assert calls == 41
+  assert larger.train.images.shape[1] == 8
+
+
+def test_a_changed_file_is_decoded_again(cached, tmp_path):
+  cached()
+  write(tmp_path / 'pets' / 'test' / 'dog' / '09.png', 33)
+  dataset, calls = cached()
+  assert calls == 41
+  assert dataset.test.images[-1, 0, 0, 0] == 33
+
+
+def test_a_damaged_copy_is_decoded_again(cached, tmp_path):
+  cached()
+  (file,) = (tmp_path / 'cache' / 'cnn_jax').iterdir()
+  assert file.stat().st_mode & 0o077 == 0  # the images may be private
+  whole = file.read_bytes()
+  damaged = bytearray(whole)
+  damaged[len(whole) // 2] ^= 1
+  for content in (b'', b'not a zip', whole[:-100], bytes(damaged)):
+    file.write_bytes(content)
+    _, calls = cached()
+    assert calls == 41
+  assert cached()[1] == 0
+
+
+def test_a_cache_that_cannot_be_written_is_not_needed(cached, tmp_path):
+  (tmp_path / 'cache').write_text('a file where the directory should be')
+  assert cached()[1] == cached()[1] == 41
+
+
+def test_a_set_that_is_too_large_is_decoded_when_it_is_indexed(cached, monkeypatch):
+  whole, _ = cached(validation=0.2)
+  monkeypatch.setattr(decode, 'MAX_DECODED_BYTES', 10)
+  monkeypatch.setenv('XDG_CACHE_HOME', '/dev/null')
+  lazy, calls = cached(validation=0.2, channels=1)
+  assert calls == 1
+  for split in ('train', 'validation', 'test'):
+    images, expected = getattr(lazy, split).images, getattr(whole, split).images
+    assert images.shape == expected.shape
+    assert images.dtype == np.uint8
+    assert len(images) == len(expected)
+    np.testing.assert_array_equal(images[np.array([2, 0])], expected[[2, 0]])
+    np.testing.assert_array_equal(images[1], expected[1])
+    np.testing.assert_array_equal(images[-2:], expected[-2:])
+    assert images[:0].shape == expected[:0].shape
+    np.testing.assert_array_equal(getattr(lazy, split).labels, getattr(whole, split).labels)
+
+
+def test_a_lazy_tfds_set_equals_a_decoded_one(tmp_path, monkeypatch):
+  root = make_tfds(tmp_path / 'tfds', {'train': [0, 1] * 20, 'test': [1, 0, 0]})
+  config_data = settings('tfds', name='toy', dir=str(root), channels=1)
+  whole = load_dataset(config_data)
+  monkeypatch.setattr(decode, 'MAX_DECODED_BYTES', 10)
+  lazy = load_dataset(config_data)
+  for split in ('train', 'validation', 'test'):
+    assert isinstance(getattr(lazy, split).images, decode.LazyImages)
+    np.testing.assert_array_equal(getattr(lazy, split).images[:], getattr(whole, split).images)
+    np.testing.assert_array_equal(getattr(lazy, split).labels, getattr(whole, split).labels)
+
+
+def test_lazy_images_are_rgb_unless_channels_is_set(tmp_path, monkeypatch):
+  make_folder(tmp_path, count=3)
+  monkeypatch.setattr(decode, 'MAX_DECODED_BYTES', 10)
+  assert load_dataset(settings('folder', dir=str(tmp_path), validation=0.5)).test.images.shape[1:] == (4, 4, 3)
+
+
+def test_read_ahead_is_in_order_and_bounded():
+  lock, taken, most, yielded = threading.Lock(), 0, 0, 0
+
+  def items():
+    nonlocal taken
+    for i in range(2000):
+      taken += 1
+      yield i
+
+  def read(i):
+    nonlocal most
+    with lock:
+      most = max(most, taken - yielded)
+    return -i
+
+  for i, value in enumerate(decode.read_ahead(items(), read, ahead=64)):
+    assert value == -i
+    yielded += 1
+  assert yielded == 2000
+  assert most <= 64 + 2 * 16
+
+
+def test_read_ahead_raises_and_stops():
+  def read(i):
+    if i == 40:
+      raise RuntimeError('a bug')
+    return i
+
+  with pytest.raises(RuntimeError, match='a bug'):
+    list(decode.read_ahead(range(1000), read, ahead=32))
+  unfinished = decode.read_ahead(iter(range(10**9)), read, ahead=16)
+  assert next(unfinished) == 0
+  unfinished.close()  # returns, although most items are left

@@ -1,0 +1,228 @@
+"""The contract of a network, for each network; and that no other code names its layers."""
+
+import ast
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnn_jax import UsageError, inspect, models
+from tests.helpers import ROOT
+from tests.networks import SMALL, small_network
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+SHAPE, CLASSES, BATCH = (16, 16, 3), 5, 6
+EACH_NETWORK = pytest.mark.parametrize('name', models.names())
+# Fields that change which layers there are, for the search for their names.
+VARIANTS = {
+  'cnn': [{'residual': True, 'convs_per_block': 2}],
+}
+
+
+@pytest.fixture(scope='module', params=models.names())
+def computed(request, quick_compilation):
+  """A network, random variables for it, and its logits and maps for random images."""
+  model = small_network(request.param, CLASSES)
+  variables = _random_variables(model)
+  images = np.random.default_rng(1).normal(size=(BATCH, *SHAPE)).astype(np.float32)
+  return model, variables, *_apply(model)(variables, images)
+
+
+def _random_variables(model):
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), models.init_shapes(model, SHAPE))
+  variables['batch_stats'] = jax.tree.map(lambda x: np.abs(x) + np.float32(0.5), variables['batch_stats'])
+  return variables
+
+
+def _apply(model):
+  """The compiled network. Its maps keep their order, although `jit` returns dicts in the order of their sorted keys."""
+
+  @jax.jit
+  def compute(variables, images):
+    logits, maps = model.apply(variables, images, train=False)
+    names[:] = maps
+    return logits, list(maps.values())
+
+  names = []
+
+  def apply(variables, images):
+    logits, values = compute(variables, images)
+    return logits, dict(zip(names, values, strict=True))
+
+  return apply
+
+
+def test_every_network_is_tested_small():
+  assert set(SMALL) == set(VARIANTS) == set(models.names())
+  assert 'layers' not in models.names()
+  with pytest.raises(UsageError, match='must be one of: cnn'):
+    models.default_config('layers')
+
+
+def test_maps_come_in_order(computed):
+  _, _, logits, maps = computed
+  stages = models.stage_names(maps)
+  assert len(stages) > 1
+  assert list(maps) == [*stages, 'pooled', 'logits']
+  sides = [maps[stage].shape[1:3] for stage in stages]
+  assert all(len(maps[stage].shape) == 4 and maps[stage].shape[0] == BATCH for stage in stages)
+  assert sides == sorted(sides, reverse=True)
+  assert maps['pooled'].ndim == 2
+  assert logits.shape == (BATCH, CLASSES)
+  assert logits.dtype == jnp.float32
+  np.testing.assert_array_equal(maps['logits'], logits)
+
+
+def test_shapes_are_those_that_are_computed(computed):
+  model, variables, _, maps = computed
+  assert {name: shape.shape[1:] for name, shape in models.map_shapes(model, SHAPE).items()} == {
+    name: x.shape[1:] for name, x in maps.items()
+  }
+  initial = models.init(model, jax.random.key(0), SHAPE)
+  assert jax.tree.map(jnp.shape, initial) == jax.tree.map(jnp.shape, variables)
+  assert {x.dtype for x in jax.tree.leaves(initial)} == {jnp.dtype('float32')}
+
+
+def test_the_head_is_the_last_layer_and_linear(computed):
+  model, variables, logits, maps = computed
+  head = variables['params']['head']
+  assert set(head) == {'kernel', 'bias'}
+  np.testing.assert_allclose(
+    np.asarray(maps['pooled']) @ inspect.head_kernel(variables) + head['bias'], logits, rtol=1e-4, atol=1e-4
+  )
+  assert inspect.layer_table(model, SHAPE)[-1].path == ('head',)
+
+
+def test_the_mean_of_a_class_activation_map_and_the_bias_are_the_logit(computed):
+  model, variables, logits, maps = computed
+  assert inspect.has_class_activation_maps(model, SHAPE)
+  last = np.asarray(maps[models.stage_names(maps)[-1]])
+  evidence = inspect.class_activation_maps(variables, last, np.tile(np.arange(CLASSES), (BATCH, 1)))
+  assert evidence.shape == (BATCH, CLASSES, *last.shape[1:3])
+  bias = variables['params']['head']['bias']
+  np.testing.assert_allclose(evidence.mean((2, 3)) + bias, logits, rtol=1e-4, atol=1e-4)
+
+
+@EACH_NETWORK
+def test_parameters_belong_to_stages_in_order(name):
+  model = small_network(name, CLASSES)
+  layers = inspect.layer_table(model, SHAPE)
+  num_stages = len(models.stage_names(models.map_shapes(model, SHAPE)))
+  stages = [layer.stage for layer in layers]
+  assert stages == sorted(stages)
+  assert set(stages) == set(range(1, num_stages + 2))
+  assert [layer.path for layer in layers if layer.stage > num_stages] == [('head',)]
+  params = models.init_shapes(model, SHAPE)['params']
+  assert sum(layer.parameters for layer in layers) == models.num_parameters(params)
+  assert f'{models.num_parameters(params):,}' in inspect.summary(model, SHAPE).splitlines()[-1]
+
+
+@EACH_NETWORK
+def test_bfloat16_is_the_dtype_of_the_arithmetic_alone(name):
+  model = small_network(name, CLASSES, dtype='bfloat16')
+  maps = models.map_shapes(model, SHAPE)
+  assert {maps[stage].dtype for stage in models.stage_names(maps)} == {jnp.dtype('bfloat16')}
+  assert maps['logits'].dtype == jnp.float32
+  assert {x.dtype for x in jax.tree.leaves(models.init_shapes(model, SHAPE))} == {jnp.dtype('float32')}
+
+
+@EACH_NETWORK
+def test_frozen_stages_have_no_gradient_and_keep_their_statistics(name):
+  frozen = 1
+  model = small_network(name, CLASSES, frozen_stages=frozen)
+  stages = models.parameters_by_stage(model, SHAPE)
+  variables = _random_variables(model)
+  images = np.random.default_rng(1).normal(size=(BATCH, *SHAPE)).astype(np.float32)
+
+  def loss(params):
+    (logits, _), updated = model.apply(
+      variables | {'params': params}, images, train=True, positions=jnp.arange(BATCH), mutable=['batch_stats'],
+      rngs={'dropout': jax.random.key(2)},
+    )  # fmt: skip
+    return jnp.square(logits).sum(), updated['batch_stats']
+
+  one_device = jax.vmap(jax.grad(loss, has_aux=True), axis_name='batch', in_axes=None, axis_size=1)
+  gradients, statistics = jax.jit(one_device)(variables['params'])
+  by_stage = {stage: [] for stage in jax.tree.leaves(stages)}
+  for stage, gradient in zip(jax.tree.leaves(stages), jax.tree.leaves(gradients), strict=True):
+    by_stage[stage].append(float(jnp.abs(gradient).max()))
+  for stage, largest in by_stage.items():
+    assert max(largest) > 0 if stage > frozen else max(largest) == 0, stage
+  # A norm's statistics belong to the stage of its parameters.
+  for path, before in jax.tree_util.tree_leaves_with_path(variables['batch_stats']):
+    after, stage = statistics, stages
+    for key in path:
+      after, stage = after[key.key], stage.get(key.key, stage)
+    assert np.array_equal(before, after[0]) == (min(jax.tree.leaves(stage)) <= frozen), path
+
+
+@EACH_NETWORK
+def test_more_frozen_stages_than_there_are_is_an_error(name):
+  config = models.default_config(name)
+  config.update(SMALL[name])
+  models.check_images(config, CLASSES, SHAPE)
+  config.frozen_stages = 9
+  with pytest.raises(UsageError, match='frozen_stages is 9'):
+    models.check_images(config, CLASSES, SHAPE)
+
+
+def test_images_too_small_are_an_error():
+  config = models.default_config('cnn')
+  config.features = (4, 4, 4, 4)
+  models.check_images(config, CLASSES, (8, 8, 1))
+  with pytest.raises(UsageError, match='at least 8 pixels a side, but these have 9x7'):
+    models.check_images(config, CLASSES, (9, 7, 1))
+
+
+# --- names of layers ---
+
+
+def layer_names():
+  """The names of all layers of all networks but the head, with # for their numbers."""
+  names = set()
+  for name in models.names():
+    for fields in [{}, *VARIANTS[name]]:
+      params = models.init_shapes(small_network(name, CLASSES, **fields), SHAPE)['params']
+      for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        names |= {re.sub(r'\d+', '#', key.key) for key in path[:-1]}
+  return names - {'head'}
+
+
+def named_layers(source, names):
+  """The strings of a Python file that are or hold the name of a layer, also as part of a path."""
+  tree = ast.parse(source)
+  inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.JoinedStr):
+      text = ''.join(part.value if isinstance(part, ast.Constant) else '#' for part in node.values)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+      text = node.value
+    else:
+      continue
+    parts = re.split(r"""[/.\[\]'"]""", re.sub(r'\d+', '#', text))
+    found += [text for part in parts if part in names]
+  return found
+
+
+def test_the_search_finds_names_of_layers():
+  names = layer_names()
+  assert {'block#', 'conv#', 'norm#', 'projection'} <= names
+  for source in ("p['block1']", "f'block{i}'", "'block2/conv1/kernel'", "f'{name}.conv{i + 1}'", "'projection'"):
+    assert named_layers(source, names), source
+  for source in ("'head'", "'model.norm'", "'stage1'", "f'stage{i}'", "'each block of the network'", 'block1'):
+    assert not named_layers(source, names), source
+
+
+def test_no_other_file_names_a_layer():
+  names = layer_names()
+  found = {}
+  for top in ('cnn_jax', 'experiments', 'benchmarks', 'examples', 'configs'):
+    for path in sorted((ROOT / top).rglob('*.py')):
+      if (ROOT / 'cnn_jax' / 'models') not in path.parents:
+        found |= {str(path.relative_to(ROOT)): texts for texts in [named_layers(path.read_text(), names)] if texts}
+  assert not found
