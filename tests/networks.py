@@ -5,6 +5,7 @@ from cnn_jax import models
 # {network: fields of `config.model`}. A new network is tested when it has a line here, and a test asks for one.
 SMALL = {
   'cnn': {'features': (4, 8), 'dropout': 0.2},
+  'resnet': {'width': 4, 'stem': '3x3'},
 }
 
 

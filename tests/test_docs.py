@@ -25,6 +25,7 @@ QUICK = (
 )  # fmt: skip
 SMALL = {
   'cnn': ('--config.model.features=(4, 8)', '--config.model.convs_per_block=1'),
+  'resnet': ('--config.model.width=4',),
   'plain': ('--config.model.features=(4, 8)',),
 }
 pytestmark = pytest.mark.usefixtures('quick_compilation')

@@ -19,6 +19,7 @@ EACH_NETWORK = pytest.mark.parametrize('name', models.names())
 # Fields that change which layers there are, for the search for their names.
 VARIANTS = {
   'cnn': [{'residual': True, 'convs_per_block': 2}],
+  'resnet': [{'depth': 18}, {'depth': 50}],
 }
 
 
@@ -211,7 +212,7 @@ def named_layers(source, names):
 
 def test_the_search_finds_names_of_layers():
   names = layer_names()
-  assert {'block#', 'conv#', 'norm#', 'projection'} <= names
+  assert {'block#', 'conv#', 'norm#', 'projection', 'stage#_block#', 'stem_conv'} <= names
   for source in ("p['block1']", "f'block{i}'", "'block2/conv1/kernel'", "f'{name}.conv{i + 1}'", "'projection'"):
     assert named_layers(source, names), source
   for source in ("'head'", "'model.norm'", "'stage1'", "f'stage{i}'", "'each block of the network'", 'block1'):
