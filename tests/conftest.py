@@ -19,6 +19,7 @@ def digits_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'digits'
   done = call_command(
     'cnn_jax.main', '--config=configs/digits.py', '--config.epochs=12', '--config.model.convs_per_block=1',
+    '--config.model.features=(16, 32)',
     f'--workdir={workdir}',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

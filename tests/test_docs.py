@@ -30,6 +30,8 @@ SMALL = {
 }
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
+QUICK_COMPILATION = '--xla_backend_optimization_level=0'
+
 # These start several processes or devices, or need the environment that the line sets.
 IN_A_SHELL = ('XLA_FLAGS=', 'TFDS_DATA_DIR=', '--coordinator=', 'cnn_jax.sweep', 'python examples/')
 
@@ -120,12 +122,17 @@ def test_the_command_runs(places, command):
   if 'experiments.reproduce' in words:
     words += [f'--results={_quick_results(places)}', f'--workdir={places / "reproduced"}']
   if any(sign in command for sign in IN_A_SHELL):
-    line = shlex.join(words).replace("'XLA_FLAGS=", "XLA_FLAGS='").replace("'TFDS_DATA_DIR=", "TFDS_DATA_DIR='")
+    variables = {'XLA_FLAGS': ''}
+    while re.match('[A-Z_]+=', words[0]):
+      name, _, value = words.pop(0).partition('=')
+      variables[name] = value
+    variables['XLA_FLAGS'] += f' {QUICK_COMPILATION}'
+    line = shlex.join(words)
     if '--process_id=' in line:
       line = f'({line.replace("--process_id=0", "--process_id=1")} &) ; {line}'  # the other process
     path = f'{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(
-      line, shell=True, cwd=ROOT, env=os.environ | {'PATH': path},
+      line, shell=True, cwd=ROOT, env=os.environ | variables | {'PATH': path},
       capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
   else:

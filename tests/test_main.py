@@ -218,13 +218,14 @@ def test_two_processes_train_as_one(tmp_path):
     s.bind(('127.0.0.1', 0))
     coordinator = f'127.0.0.1:{s.getsockname()[1]}'
   arguments = [
-    'cnn_jax.main', DIGITS, '--config.epochs=2', '--config.schedule.warmup_epochs=1.0', '--config.model.features=(8, 16)',
+    'cnn_jax.main', DIGITS, '--config.epochs=1', '--config.schedule.warmup_epochs=0.5', '--config.model.features=(8, 16)',
     # Small steps: large ones make two other digits of the first loss two per mille of the fortieth.
     '--config.optimizer.learning_rate=0.01', '--config.log.every_steps=1',
     '--config.log.tensorboard=False', '--config.log.report=False', '--config.evaluation.every_epochs=1',
   ]  # fmt: skip
   together = tmp_path / 'together'
-  environment = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  quick = '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count'
+  environment = {'XLA_FLAGS': f'{quick}=2'}
   processes = [
     subprocess.Popen(
       [
@@ -240,7 +241,7 @@ def test_two_processes_train_as_one(tmp_path):
   assert 'epoch' in outputs[0][0]
   assert 'epoch' not in outputs[1][0]  # only the first one reports
   alone = tmp_path / 'alone'
-  done = run_command(*arguments, f'--workdir={alone}', XLA_FLAGS='--xla_force_host_platform_device_count=4')
+  done = run_command(*arguments, f'--workdir={alone}', XLA_FLAGS=f'{quick}=4')
   assert done.returncode == 0, done.stderr
   one, two = (json.loads((w / 'result.json').read_text()) for w in (alone, together))
   assert one['test_loss'] == pytest.approx(two['test_loss'], rel=1e-3)

@@ -96,6 +96,7 @@ def test_fine_tuning_by_the_command(tmp_path, digits_run):
     '--config.schedule.warmup_epochs=0.0',
     '--config.log.report=False',
     '--config.model.convs_per_block=1',
+    '--config.model.features=(16, 32)',
   ]
   done = call_command(
     'cnn_jax.main', *arguments, f'--config.init_from={digits_run}', '--config.optimizer.learning_rate=0.001',
