@@ -19,6 +19,8 @@ from experiments.small_model import run as small_model
 from experiments.training_set_size import run as training_set_size
 from tests.helpers import call_command
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 SMALL = ['--config.model.features=(4,)', '--config.model.convs_per_block=1', '--config.model.norm=none']
 QUICK = [
   '--config.data.source=bundled', '--config.data.name=digits', '--config.data.test=0.2', '--config.epochs=1',

@@ -201,9 +201,9 @@ def test_a_network_without_average_pooling_has_no_class_activation_maps():
 def test_feature_maps_are_of_one_picture(classifier, held_out):
   maps = classifier.feature_maps(held_out.images[0])
   assert {name: x.shape for name, x in maps.items()} == {
-    'stage1': (4, 4, 32),
-    'stage2': (4, 4, 64),
-    'pooled': (64,),
+    'stage1': (4, 4, 16),
+    'stage2': (4, 4, 32),
+    'pooled': (32,),
     'logits': (10,),
   }
   assert list(maps) == ['stage1', 'stage2', 'pooled', 'logits']
@@ -217,4 +217,4 @@ def test_the_example_runs(digits_run, monkeypatch, capsys):
   runpy.run_path(str(example), run_name='__main__')
   printed = capsys.readouterr().out
   assert 'evidence for' in printed
-  assert 'stage2  (4, 4, 64)' in printed
+  assert 'stage2  (4, 4, 32)' in printed

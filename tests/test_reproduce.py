@@ -14,6 +14,8 @@ from experiments import reproduce
 from experiments.reproduce import Spread, margin
 from tests.helpers import ROOT, call_command, run_command
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 QUICK = {
   'epochs': 1, 'model.features': [4], 'model.convs_per_block': 1, 'model.norm': 'none',
   'schedule.warmup_epochs': 0.5, 'log.tensorboard': False, 'log.report': False,
