@@ -247,13 +247,3 @@ def test_a_walk_goes_deeper_than_python_calls(tmp_path):
   finally:
     sys.setrecursionlimit(limit)
   assert found == [str(folder / 'x.png')]
-
-
-def test_a_folder_is_listed_only_when_it_is_reached(tmp_path):
-  for name in ('a/1.png', 'b/1.png'):
-    (tmp_path / name).parent.mkdir()
-    (tmp_path / name).touch()
-  walked = files.walk(str(tmp_path), ('.png',))
-  assert next(walked) == str(tmp_path / 'a/1.png')
-  (tmp_path / 'b/0.png').touch()
-  assert next(walked) == str(tmp_path / 'b/0.png')

@@ -124,19 +124,16 @@ def parameters_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
   variables = init_shapes(model, image_shape)
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-  def stages(params):
-    maps = model.apply({**variables_of(params), 'params': params}, jnp.zeros(images.shape), train=False)[1]
+  def stages(params, batch_stats, images):
+    maps = model.apply({'params': params, 'batch_stats': batch_stats}, images, train=False)[1]
     return [maps[name] for name in stage_names(maps)]
 
-  def variables_of(params):
-    del params
-    return {'batch_stats': jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables['batch_stats'])}
-
-  program = jax.make_jaxpr(stages)(variables['params']).jaxpr
-  belongs = [len(program.outvars) + 1] * len(program.invars)
+  program = jax.make_jaxpr(stages)(variables['params'], variables['batch_stats'], images).jaxpr
+  params = program.invars[: len(jax.tree.leaves(variables['params']))]
+  belongs = [len(program.outvars) + 1] * len(params)
   for stage in range(len(program.outvars), 0, -1):
     needed = _inputs_of(program, program.outvars[stage - 1])
-    belongs = [stage if var in needed else other for var, other in zip(program.invars, belongs, strict=True)]
+    belongs = [stage if var in needed else other for var, other in zip(params, belongs, strict=True)]
   return jax.tree.unflatten(jax.tree.structure(variables['params']), belongs)
 
 
