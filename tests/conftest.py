@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -53,3 +54,28 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """Checkpoints of steps 1 and 2, to be copied."""
+  from tests.checkpoints import save
+
+  directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  save(directory, 1, validation_accuracy=0.5)
+  save(directory, 2, validation_accuracy=0.6)
+  return directory
+
+
+@pytest.fixture
+def two(saved, tmp_path):
+  """A copy of `saved`."""
+  return shutil.copytree(saved, tmp_path / 'checkpoints')
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+  """What a process writes survives its end; waiting for the disk is for power cuts."""
+  from cnn_jax import files
+
+  monkeypatch.setattr(files, 'sync', lambda _: None)

@@ -12,25 +12,7 @@ from cnn_jax import Diverged, UsageError, checkpoint
 from tests.checkpoints import Momentum, assert_same, make_state, restored_step, save
 from tests.helpers import largest_file
 
-
-@pytest.fixture(scope='module')
-def saved(tmp_path_factory):
-  """Checkpoints of steps 1 and 2, to be copied."""
-  directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
-  save(directory, 1, validation_accuracy=0.5)
-  save(directory, 2, validation_accuracy=0.6)
-  return directory
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-  """What a process writes survives its end; waiting for the disk is for power cuts."""
-  monkeypatch.setattr(checkpoint.files, 'sync', lambda _: None)
-
-
-@pytest.fixture
-def two(saved, tmp_path):
-  return shutil.copytree(saved, tmp_path / 'checkpoints')
+pytestmark = pytest.mark.usefixtures('no_waiting')
 
 
 def test_roundtrip_is_bit_exact_with_a_template_of_shapes(tmp_path):
