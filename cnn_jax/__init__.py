@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ['-m'] and any(a.removeprefix('-m').startswith('cnn_jax.') for a in sys.orig_argv):
+  # `python -m cnn_jax.NAME`: Python has imported the package to find the command. What follows imports for a second.
+  from cnn_jax import signals
+
+  signals.end_at_once()
 
 if TYPE_CHECKING:
   import os
@@ -10,6 +17,8 @@ if TYPE_CHECKING:
   from cnn_jax.predict import Classifier
 
 __version__ = '0.2.0'
+
+SYSTEMS = 'cnn_jax runs on Linux and macOS, not on Windows; use the Windows Subsystem for Linux (WSL).'
 
 
 class UsageError(Exception):

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from cnn_jax import Diverged, UsageError, files
+from cnn_jax import Diverged, UsageError, command, files
 
-# 'best' is the checkpoint with the highest value of this in `info`. The test split plays no part in the selection.
-SCORE = 'validation_accuracy'
+# 'best' is the checkpoint with the highest of the first of these that is in its `info`; the second is that of older
+# versions. The test split plays no part in the selection.
+_SCORES = ('validation_balanced_accuracy', 'validation_accuracy')
+_MAX_REASON = 500  # characters; names in a manifest may have any length
 
 
 class CheckpointError(UsageError):
@@ -40,7 +42,7 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
 
   A reader, or a process killed at any moment, finds the checkpoint complete or not at all. A checkpoint of the same
   step is replaced. Later ones are removed, since `restore` passed them over as damaged. The newest `keep` stay, and
-  the one with the highest `info['validation_accuracy']` (of equals, the earliest).
+  the one with the highest `score` (of equals, the earliest).
 
   Args:
     directory: holds the checkpoints; made if it does not exist.
@@ -60,7 +62,7 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
   temporary, target, replaced = directory / f'.tmp-{step}', directory / str(step), directory / f'.old-{step}'
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    _clean(directory)
+    clean(directory)
     try:
       temporary.mkdir()
       _write_arrays(temporary / 'state', arrays)
@@ -88,7 +90,8 @@ def restore(
   template: Any = None,
   *,
   which: str = 'last',
-  warn: Callable[[str], None] = lambda message: print(f'warning: {message}', file=sys.stderr),
+  check: Callable[[Mapping[str, Any], Any], None] = lambda info, shapes: None,
+  warn: Callable[[str], None] = lambda message: print(f'warning: {command.printable(message)}', file=sys.stderr),
 ) -> tuple[Any, int, dict[str, Any]] | None:
   """Reads a checkpoint after comparing every file with the manifest.
 
@@ -98,6 +101,8 @@ def restore(
       it the state is returned as nested dicts; tuples and dataclasses become dicts as well.
     which: last, or best on validation. A damaged checkpoint is passed over with a warning, and the one before, or the
       next best, is used.
+    check: called with `info` and the state as `jax.ShapeDtypeStruct`s, before the state is compared with the template
+      and before memory is taken for it; may raise.
     warn: called with one line for each checkpoint that is passed over.
 
   Returns:
@@ -115,12 +120,16 @@ def restore(
   for step in _candidates(found, which, directory, warn):
     try:
       _verify(found[step], step)
-      arrays = _read_arrays(found[step] / 'state')
       info = _read_json(found[step] / 'info.json')
+      shapes = _read_shapes(found[step] / 'state')
+      check(info, shapes)
+      if template is not None:
+        _fill(template, shapes, found[step])
+      arrays = _read_arrays(found[step] / 'state')
     except _DamagedError as damage:
       if not found[step].exists():  # a training run has just removed it; look again
-        return restore(directory, template, which=which, warn=warn)
-      damages.append(f'{found[step]} is damaged ({damage})')
+        return restore(directory, template, which=which, check=check, warn=warn)
+      damages.append(f'{found[step]} is damaged ({str(damage)[:_MAX_REASON]})')
       if len(damages) < len(found):
         warn(f'checkpoint {damages[-1]}; trying the one before it.')
       continue
@@ -129,6 +138,12 @@ def restore(
     f'all checkpoints are damaged, the last because {damages[0]}; restore a copy of {directory}, '
     'or remove it to start again from step 0.'
   )
+
+
+def score(info: Mapping[str, Any]) -> float | None:
+  """By how much a checkpoint counts as the best, in [0, 1]; None if its state was not validated."""
+  value = next((info[name] for name in _SCORES if name in info), None)
+  return value if isinstance(value, int | float) and 0 <= value <= 1 else None
 
 
 class _DamagedError(Exception):
@@ -168,19 +183,18 @@ def _candidates(found: dict[int, Path], which: str, directory: Path, warn: Calla
   newest_first = sorted(found, reverse=True)
   if which == 'last':
     return newest_first
-  scores = {step: score for step, path in found.items() if (score := _score(path)) is not None}
+  scores = {step: value for step, path in found.items() if (value := _score(path)) is not None}
   scored = sorted(scores, key=lambda step: (-scores[step], step))
   if not scored:
-    warn(f'no checkpoint in {directory} has a {SCORE}; using the last as the best.')
+    warn(f'no checkpoint in {directory} was validated; using the last as the best.')
   return scored + [step for step in newest_first if step not in scored]
 
 
 def _score(path: Path) -> float | None:
   try:
-    score = _read_json(path / 'info.json').get(SCORE)
+    return score(_read_json(path / 'info.json'))
   except _DamagedError:
     return None
-  return score if isinstance(score, int | float) and 0 <= score <= 1 else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -215,7 +229,9 @@ def _verify(path: Path, step: int) -> None:
 
 
 def _files(path: Path) -> list[str]:
-  return sorted(file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
+  # A link to a directory counts as a file, which cannot be read: what lies behind it is not in the manifest.
+  found = (file for file in path.rglob('*') if file.is_symlink() or not file.is_dir())
+  return sorted(file.relative_to(path).as_posix() for file in found)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -246,14 +262,38 @@ def _write_arrays(path: Path, arrays: Any) -> None:
 
 def _read_arrays(path: Path) -> Any:
   import orbax.checkpoint as ocp
+
+  return _call_orbax(lambda handler, place: handler.restore(place, args=ocp.args.PyTreeRestore())['state'], path)
+
+
+def _read_shapes(path: Path) -> Any:
+  """The arrays of a checkpoint as shapes and types. TensorStore ends the process if it cannot get the memory for one."""
+
+  def read(handler: Any, place: Any) -> Any:
+    found = handler.metadata(place)
+    return jax.tree.map(_as_shape, getattr(found, 'tree', found)['state'])
+
+  return _call_orbax(read, path)
+
+
+def _as_shape(array: Any) -> jax.ShapeDtypeStruct:
+  """The shape and type of an array from its metadata; a chunk larger than the array would take the memory as well."""
+  chunk = array.storage.chunk_shape if array.storage else array.shape
+  if any(part > max(side, 1) for part, side in zip(chunk, array.shape, strict=True)):
+    raise ValueError(f'{array.name} is stored in chunks larger than itself')
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _call_orbax(read: Callable[[Any, Any], Any], path: Path) -> Any:
+  import orbax.checkpoint as ocp
   from etils import epath
 
   handler = ocp.PyTreeCheckpointHandler()
   with _quiet():
     try:
-      return handler.restore(epath.Path(path), args=ocp.args.PyTreeRestore())['state']
+      return read(handler, epath.Path(path))
     except Exception as error:  # the files are as written, so this version of orbax cannot read another one's
-      reason = next(iter(str(error).splitlines()), type(error).__name__)
+      reason = next(iter(str(error).splitlines()), type(error).__name__).partition(' [tensorstore_spec')[0]
       raise _DamagedError(f'orbax {ocp.__version__} cannot read it: {reason}') from error
     finally:
       handler.close()
@@ -262,11 +302,20 @@ def _read_arrays(path: Path) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   # If the disk is full, orbax logs a traceback per thread; the exception reports it once.
-  logger = logging.getLogger('absl')
+  logger, hook = logging.getLogger('absl'), sys.unraisablehook
   level = logger.level
   logger.setLevel(logging.CRITICAL)
+
+  def report(failure: Any) -> None:
+    if failure.exc_type is not RuntimeError or str(failure.exc_value) != 'Event loop is closed':
+      hook(failure)
+
+  # If one array fails, orbax closes its event loop. What TensorStore's threads have to say about the others comes later,
+  # even after this block, and the interpreter prints a traceback for each.
+  sys.unraisablehook = report
   try:
     yield
+    sys.unraisablehook = hook
   finally:
     logger.setLevel(level)
 
@@ -290,8 +339,16 @@ def _describe(tree: Any) -> dict[str, str]:
   return described
 
 
-def _clean(directory: Path) -> None:
-  # A killed process left these. There is one writer, so they are not in use.
+def clean(directory: str | os.PathLike) -> None:
+  """Removes what a killed process has left; call it in the process that owns the workdir.
+
+  Args:
+    directory: of the checkpoints.
+
+  Raises:
+    OSError: a file cannot be removed.
+  """
+  directory = Path(directory)
   for path in directory.glob('.tmp-*'):
     shutil.rmtree(path)
   for path in directory.glob('.old-*'):
@@ -305,7 +362,7 @@ def _clean(directory: Path) -> None:
 def _prune(directory: Path, step: int, keep: int) -> None:
   found = _checkpoints(directory)
   kept = [other for other in found if other <= step]
-  scores = {other: score for other in kept if (score := _score(found[other])) is not None}
+  scores = {other: value for other in kept if (value := _score(found[other])) is not None}
   best = max(scores, key=lambda other: (scores[other], -other), default=step)
   for other, path in found.items():
     if path.name.startswith('.') or other not in {*kept[-keep:], best}:

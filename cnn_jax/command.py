@@ -5,16 +5,18 @@ import contextlib
 import ctypes
 import errno
 import os
-import signal
 import sys
-import threading
+import traceback
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from cnn_jax import Diverged, Stopped, UsageError, files
+from cnn_jax import SYSTEMS, Diverged, Stopped, UsageError, compiled, files, passwords, signals
+from cnn_jax.files import local_path as local_path
+from cnn_jax.signals import STOPPED
+from cnn_jax.signals import stop_signal as stop_signal
 
-DONE, USAGE, DIVERGED, STOPPED = 0, 2, 3, 143
+DONE, USAGE, DIVERGED = 0, 2, 3
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,54 +41,77 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-  """Runs a command with the process's arguments and exits with its status; see `call`."""
-  sys.exit(call(main, sys.argv[1:]))
+  """Runs a command with the process's arguments and exits with its status; see `call` and `signals.start`."""
+  if sys.platform == 'win32':
+    fail(SYSTEMS)
+    sys.exit(USAGE)
+  signals.start()
+  try:
+    status = call(main, sys.argv[1:])
+  except Exception:
+    if signals.ending() is None:
+      raise
+    traceback.print_exc()  # the other processes of the run have been told; Python would wait for them
+    status = 1
+  signals.finish(status)
+  sys.exit(status)
 
 
 def call(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
   """Runs a command and returns its exit status.
 
   Args:
-    main: takes the arguments after the program's name; returns the exit status, None for 0. `UsageError` and a full
-      disk become one line on stderr and the status 2, `Diverged` 3, `Stopped` and Ctrl-C 143. Any other exception is
-      a bug and keeps its traceback.
+    main: takes the arguments after the program's name; returns the exit status, None for 0. An exception becomes what
+      `outcome` says; any other is a bug and keeps its traceback.
     argv: the arguments.
   """
   try:
     status = main(argv)
     sys.stdout.flush()
     return DONE if status is None else status
-  except UsageError as error:
-    fail(error)
-    return USAGE
-  except Diverged as error:
-    fail(error)
-    return DIVERGED
-  except Stopped as stopped:
-    _print_error(str(stopped))
-    return STOPPED
-  except KeyboardInterrupt:
-    _print_error('stopped')
-    return STOPPED
-  except BrokenPipeError:  # the reader of our output has ended (`| head`)
-    _discard_output()
-    return STOPPED
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+  except BaseException as error:
+    ended = outcome(error)
+    if ended is None:
       raise
-    _discard_output()
-    fail(f'cannot write {error.filename or "the output"}: {error.strerror}; free some space.')
-    return USAGE
+    if isinstance(error, OSError):
+      _discard_output()
+    status, line = ended
+    if line:
+      _print_error(line)
+    return status
+
+
+def outcome(error: BaseException) -> tuple[int, str] | None:
+  """The exit status and the line on stderr of an exception that ends a command; None if it is a bug.
+
+  `UsageError` and a full disk have status 2, `Diverged` 3, `Stopped` and Ctrl-C 143. If the reader of the output has
+  ended (`| head`), the status is 143 and the line empty.
+  """
+  if isinstance(error, UsageError | Diverged):
+    return USAGE if isinstance(error, UsageError) else DIVERGED, _one_line(error)
+  if isinstance(error, Stopped):
+    return STOPPED, str(error)
+  if isinstance(error, KeyboardInterrupt):
+    return STOPPED, 'stopped'
+  if isinstance(error, BrokenPipeError):
+    return STOPPED, ''
+  if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    return USAGE, _one_line(f'cannot write {error.filename or "the output"}: {error.strerror}; free some space.')
+  return None
 
 
 def fail(error: object) -> None:
   """Prints an error on stderr: one line, in which control characters are escaped."""
-  _print_error('error: ' + ' '.join(str(error).split()))
+  _print_error(_one_line(error))
+
+
+def _one_line(error: object) -> str:
+  return 'error: ' + ' '.join(str(error).split())
 
 
 def _print_error(text: str) -> None:
   with contextlib.suppress(OSError):  # a terminal that was closed; the exit status remains
-    print(printable(text), file=sys.stderr, flush=True)
+    print(printable(passwords.mask(text, passwords.find(sys.argv))), file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:
@@ -104,40 +129,6 @@ def printable(text: str) -> str:
     else character.encode('unicode_escape').decode()
     for character in text
   )
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-  """Turns the first SIGTERM, Ctrl-C or SIGHUP (a closed terminal) into a flag; a second one has its usual effect.
-
-  A signal that the process ignores, such as SIGHUP under nohup, stays ignored. Outside the main thread, where Python
-  delivers no signals, the flag is never set.
-
-  Yields:
-    A function that returns whether a signal has arrived.
-  """
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda: False
-    return
-  received: list[int] = []
-  signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-  before = {s: handler for s in signals if (handler := signal.getsignal(s)) not in (signal.SIG_IGN, None)}
-
-  def restore() -> None:
-    for number, earlier in before.items():
-      signal.signal(number, earlier)
-
-  def handle(number, frame):
-    del frame
-    received.append(number)
-    restore()
-
-  for number in before:
-    signal.signal(number, handle)
-  try:
-    yield lambda: bool(received)
-  finally:
-    restore()
 
 
 def prepare_backend() -> None:
@@ -159,6 +150,7 @@ def _use_compile_cache() -> None:
       jax.config.update('jax_compilation_cache_dir', str(files.cache_dir() / 'compiled'))
   # The default keeps programs that took more than a second to compile; these are smaller.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  compiled.check_files()
 
 
 def _keep_freed_memory() -> None:

@@ -1,8 +1,6 @@
 """The fields of an experiment, config files and overrides, and the checks that run before anything slow starts."""
 
-import difflib
 import importlib.util
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +8,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cnn_jax import UsageError, models
+from cnn_jax import UsageError, files, models, rules
+from cnn_jax.small_sets import adapt as adapt
 
 
 def default_config(model: str = 'cnn') -> ConfigDict:
@@ -32,14 +31,18 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   config.epochs = 12  # passes over the training split
   config.init_from = ''  # workdir of a run whose weights to start from: fine-tuning
   config.min_steps = 0  # at least this many steps: a small set gets more epochs than `epochs`
+  config.adapt_to_data = False  # smaller batches, another rate and warm-up for a small set; see small_sets.py
 
   config.data = data = ConfigDict()
   data.source = 'auto'  # tfds | folder | bundled | auto (prepared TFDS set, else bundled)
   data.name = 'mnist'  # TFDS name, or the bundled set: mnist | digits
   data.dir = ''  # the image folder, or the TFDS data directory ('': $TFDS_DATA_DIR)
+  data.table = ''  # CSV file of paths below `dir` (by default its own folder), labels and, if wanted, splits
   data.image_size = 0  # pixels a side of the model's input (0: as the set has it)
   data.channels = 0  # 1 grey, 3 RGB (0: as the set has it)
   data.resize = 'crop'  # other sizes: crop (shorter side, centre) | pad (letterbox) | stretch
+  data.bit_depth = 0  # of the levels of 16-bit files: 8 | 10 | 12 | 14 | 16 (0: the fewest that hold those of the set)
+  data.on_bad_image = 'error'  # images that cannot be read: error | skip (leave them out, and list them in the record)
   data.validation = 0.1  # part of train held out for selection
   data.test = 0.1  # part held out for the test if the set has no test split of its own
   data.split_seed = 0  # of the rule that carves them out; not `seed`, so that all seeds share a split
@@ -78,6 +81,7 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   config.evaluation = evaluation = ConfigDict()
   evaluation.batch_size = 1000  # images per call over all devices
   evaluation.every_epochs = 1  # epochs between validations; the last epoch always ends with one
+  evaluation.min_steps = 20  # at least this many steps between validations: tiny epochs share one
   evaluation.ema_decay = 0.0  # evaluate an exponential average of parameters and statistics; 0: off
 
   config.checkpoint = checkpoint = ConfigDict()
@@ -93,15 +97,18 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   return config.lock()
 
 
-# The values that fields may have: one of several; or, for each number, positive (greater than zero), below one, or at
-# most one. All numbers are finite and not negative. The rules of the section `model` are in the file of the network.
+# The values that fields may have; see `rules.check_value`. Those of the section `model` are in the file of the network.
 RULES: dict[str, Any] = {
+  'seed': 'seed',
+  'data.split_seed': 'seed',
   'seeds': 'positive',
   'batch_size': 'positive',
   'epochs': 'positive',
   'data.source': ('auto', 'tfds', 'folder', 'bundled'),
   'data.resize': ('crop', 'pad', 'stretch'),
   'data.channels': (0, 1, 3),
+  'data.bit_depth': (0, 8, 10, 12, 14, 16),
+  'data.on_bad_image': ('error', 'skip'),
   'data.validation': 'below one',
   'data.test': 'below one',
   'augment.padding': ('constant', 'reflect'),
@@ -144,6 +151,7 @@ def load(path: str, arguments: Sequence[str] = ()) -> ConfigDict:
     UsageError: the file is missing or fails, an argument is not an override, or a field or its value is wrong.
   """
   file, _, variant = path.partition(':')
+  file = files.local_path(file)
   if not pathlib.Path(file).is_file():
     raise UsageError(f'there is no config file {file}; those that come with the project are in configs/.')
   try:
@@ -181,8 +189,8 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     made = holder.value
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
     # The message of ml_collections names the field and the field whose name is most similar.
-    cause = error.__cause__ or error
-    raise UsageError(str(cause.args[0] if cause.args else cause)) from error
+    raise UsageError(_one_line(error.__cause__ or error)) from error
+  _expand_paths(made)
   check(made)
   return made
 
@@ -197,8 +205,9 @@ def vary(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
   for field, value in fields.items():
     try:
       made.update_from_flattened_dict({field: value})
-    except (KeyError, TypeError, ValueError) as error:
-      raise UsageError(f'config.{field}: {error.args[0]}') from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise UsageError(f'config.{field}: {_one_line(error)}') from error
+  _expand_paths(made)
   check(made)
   return made
 
@@ -222,7 +231,10 @@ def from_record(values: Mapping[str, Any]) -> ConfigDict:
       values[section][new.partition('.')[2]] = values[section].pop(field)
   # Version 0.1 had one network and did not name it.
   base = default_config(values.get('model', {}).get('name', 'cnn')).to_dict()
-  return ConfigDict(_overlay(base, values))
+  try:
+    return ConfigDict(_overlay(base, values))
+  except (AttributeError, TypeError, ValueError) as error:  # ml_collections raises those for hostile names
+    raise UsageError(_one_line(error)) from error
 
 
 def check(config: ConfigDict) -> None:
@@ -237,10 +249,13 @@ def check(config: ConfigDict) -> None:
   """
   model = config.get('model')
   name = model.get('name') if isinstance(model, ConfigDict) else None
-  _check_fields(config, default_config(name if isinstance(name, str) else 'cnn'), '')
-  rules = RULES | {f'model.{field}': rule for field, rule in models.rules(config.model.name).items()}
+  rules.check_fields(config, default_config(name if isinstance(name, str) else 'cnn'))
+  rule_of = RULES | {f'model.{field}': rule for field, rule in models.rules(config.model.name).items()}
   for field, value in leaves(config):
-    _check_value(f'config.{field}', value, rules.get(field))
+    rules.check_value(f'config.{field}', value, rule_of.get(field))
+  for place in (config.data.dir, config.init_from):
+    if '://' in place:
+      files.local_path(place)  # raises
   for tracker in config.log.trackers:
     if tracker not in TRACKERS:
       raise UsageError(f'config.log.trackers holds {tracker!r}; the trackers are: {", ".join(TRACKERS)}.')
@@ -248,23 +263,13 @@ def check(config: ConfigDict) -> None:
     _check_warmup(config, config.epochs)
 
 
-def _check_value(field: str, value: Any, rule: tuple | str | None) -> None:
-  several = isinstance(value, tuple | list)
-  numbers = [x for x in (value if several else [value]) if isinstance(x, int | float) and not isinstance(x, bool)]
-  if any(not math.isfinite(number) for number in numbers):
-    raise UsageError(f'{field} is {value}; it must be a finite number.')
-  if any(number < 0 for number in numbers):
-    raise UsageError(f'{field} is {value}; it must not be negative.')
-  if isinstance(rule, tuple) and value not in rule:
-    raise UsageError(f'{field} is {value!r}; it must be one of: {", ".join(map(str, rule))}.')
-  if rule == 'positive' and several and (not value or any(type(x) is not int or x <= 0 for x in value)):
-    raise UsageError(f'{field} is {tuple(value)}; give one or more whole numbers greater than zero, such as (32, 64).')
-  if rule == 'positive' and any(number <= 0 for number in numbers):
-    raise UsageError(f'{field} is {value}; it must be greater than zero.')
-  if rule == 'below one' and any(number >= 1 for number in numbers):
-    raise UsageError(f'{field} is {value}; it must be less than 1.')
-  if rule == 'at most one' and any(number > 1 for number in numbers):
-    raise UsageError(f'{field} is {value}; a probability is at most 1.')
+def _one_line(error: BaseException) -> str:
+  return ' '.join(str(error.args[0] if error.args else error).split())
+
+
+def _expand_paths(config: ConfigDict) -> None:
+  if isinstance(path := config.get('init_from'), str):
+    config.init_from = files.local_path(path)
 
 
 def _check_warmup(config: ConfigDict, epochs: int) -> None:
@@ -284,11 +289,16 @@ def _with_network(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-  """Checks that the batches divide evenly over all devices.
+  """Checks what only training needs: that JAX tells the seeds apart, and that batches divide evenly over all devices.
 
   Raises:
-    UsageError: names the nearest batch sizes that do.
+    UsageError: a seed has more than 32 bits; or names the nearest batch sizes that divide.
   """
+  if config.seed + config.seeds > 2**32:  # `jax.random.key` drops the other bits, or fails
+    raise UsageError(
+      f'config.seed is {config.seed}, for {config.seeds} {"seed" if config.seeds == 1 else "seeds"}; the last one must '
+      f'be less than {2**32}.'
+    )
   size = config.batch_size
   if size % num_devices:
     below, above = size // num_devices * num_devices, -(-size // num_devices) * num_devices
@@ -310,6 +320,7 @@ def check_data(config: ConfigDict, num_train: int, num_classes: int, image_shape
     UsageError: a batch larger than the split, a shift larger than the image, a warm-up as long as the training, or
       images too small for the network.
   """
+  config, _ = adapt(config, num_train)
   if config.batch_size > num_train:
     raise UsageError(
       f'config.batch_size is {config.batch_size} but there are {num_train} training images; make it at most {num_train}.'
@@ -320,13 +331,16 @@ def check_data(config: ConfigDict, num_train: int, num_classes: int, image_shape
     raise UsageError(
       f'config.augment.shift is {config.augment.shift} but images are {height}x{width} pixels; make it less than {side}.'
     )
-  _check_warmup(config, num_epochs(config, num_train))
+  epochs = num_epochs(config, num_train)
+  if epochs * steps_per_epoch(config, num_train) >= 2**31:
+    raise UsageError(f'config.epochs and config.min_steps ask for {epochs} epochs; a run has less than {2**31} steps.')
+  _check_warmup(config, epochs)
   models.check_images(config.model, num_classes, image_shape)
 
 
 def steps_per_epoch(config: ConfigDict, num_train: int) -> int:
   """Steps of one epoch: floor(num_train / batch_size); the remainder, a different one in each epoch, is left out."""
-  return num_train // config.batch_size
+  return num_train // adapt(config, num_train)[0].batch_size
 
 
 def num_epochs(config: ConfigDict, num_train: int) -> int:
@@ -351,35 +365,3 @@ def _overlay(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
     else:
       merged[name] = tuple(value) if isinstance(value, list) else value
   return merged
-
-
-def _check_fields(config: ConfigDict, base: ConfigDict, prefix: str) -> None:
-  for name in config:
-    if name not in base:
-      near = difflib.get_close_matches(name, base.keys(), 1, 0.5)
-      hint = (
-        f'did you mean config.{prefix}{near[0]}?'
-        if near
-        else "the fields are in cnn_jax/config.py and in the network's file."
-      )
-      raise UsageError(f'config.{prefix}{name} is not a field; {hint}')
-  for name, default in base.items():
-    if name not in config:
-      raise UsageError(f'config.{prefix}{name} is missing; start the config from cnn_jax.config.default_config().')
-    value = config[name]
-    if isinstance(default, ConfigDict) and isinstance(value, ConfigDict):
-      _check_fields(value, default, f'{prefix}{name}.')
-    elif not _same_type(value, default):
-      raise UsageError(
-        f'config.{prefix}{name} is {value!r}, a {type(value).__name__}; it must be a {type(default).__name__}.'
-      )
-
-
-def _same_type(value: Any, default: Any) -> bool:
-  if isinstance(default, bool) or isinstance(value, bool):
-    return isinstance(default, bool) and isinstance(value, bool)
-  if isinstance(default, float):
-    return isinstance(value, int | float)
-  if isinstance(default, tuple):
-    return isinstance(value, tuple | list)
-  return isinstance(value, type(default))

@@ -1,6 +1,7 @@
 """Several processes and devices: joining, agreeing, placing arrays, and neighbours across devices."""
 
 import contextlib
+import functools
 import os
 import re
 from typing import Any
@@ -11,12 +12,18 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnn_jax import UsageError
+from cnn_jax import UsageError, peers
 
 AXIS = 'batch'  # the name of the device axis in every collective and in batch norm
 
 
-def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+def join(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  heartbeat_seconds: float = peers.HEARTBEAT_SECONDS,
+  join_seconds: float = peers.JOIN_SECONDS,
+) -> None:
   """Joins the other processes of a run; does nothing if this process is the only one.
 
   Without arguments, the process joins if Slurm's `srun`, Open MPI's `mpirun` or a TPU pod started several.
@@ -25,9 +32,11 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     coordinator: host:port of process 0.
     num_processes: how many processes join; the cluster's number if None.
     process_id: of this process, from 0; the cluster's number if None.
+    heartbeat_seconds: of silence after which another process counts as lost, and this one ends.
+    join_seconds: after which this process ends if it does not find the others.
 
   Raises:
-    UsageError: the arguments are incomplete or contradict each other.
+    UsageError: the arguments are incomplete or contradict each other, or the other processes did not come.
   """
   environment = os.environ
   several = (
@@ -47,8 +56,22 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     raise UsageError(f'--num_processes is {num_processes}; it must be at least 1.')
   if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
     raise UsageError(f'--process_id is {process_id} of {num_processes} processes; it must be 0 to {num_processes - 1}.')
-  if coordinator is not None or several:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+  if not heartbeat_seconds >= 2:
+    raise UsageError(f'--heartbeat_seconds is {heartbeat_seconds:g}; it must be at least 2.')
+  if coordinator is None and not several:
+    return
+  jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
+  initialize = functools.partial(
+    jax.distributed.initialize,
+    coordinator,
+    num_processes,
+    process_id,
+    # Later than our own deadlines, because JAX ends the process with a native stack.
+    initialization_timeout=round(join_seconds) + 60,
+    heartbeat_timeout_seconds=round(5 * heartbeat_seconds) + 60,
+    shutdown_timeout_seconds=round(heartbeat_seconds),
+  )
+  peers.connect(initialize, coordinator or 'the address that the cluster gives', join_seconds, heartbeat_seconds)
 
 
 def is_primary() -> bool:
@@ -79,6 +102,29 @@ def gather(array: np.ndarray) -> np.ndarray:
   from jax.experimental import multihost_utils
 
   return multihost_utils.process_allgather(array, tiled=True)
+
+
+def from_first(tree: Any) -> Any:
+  """Gives all processes, which must call this together, the arrays of process 0, bit for bit.
+
+  Args:
+    tree: of arrays; of the same shapes and dtypes in all processes.
+  """
+  if jax.process_count() == 1:
+    return tree
+  from jax.experimental import multihost_utils
+
+  leaves, structure = jax.tree.flatten(jax.device_get(tree))
+  arrays = [np.asarray(leaf) for leaf in leaves]
+  # As bytes, because the sum behind the broadcast turns -0.0 into 0.0.
+  packed = np.frombuffer(b''.join(array.tobytes() for array in arrays), np.uint8)
+  packed = np.asarray(multihost_utils.broadcast_one_to_all(packed))
+  ends = np.cumsum([array.nbytes for array in arrays])
+  parts = np.split(packed, ends[:-1])
+  unpacked = [
+    np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part, array in zip(parts, arrays, strict=True)
+  ]
+  return jax.tree.unflatten(structure, unpacked)
 
 
 def replicate(tree: Any) -> Any:

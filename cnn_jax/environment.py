@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
   devices = jax.devices()
   return {
     'start_time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'command': shlex.join(map(passwords.mask, sys.orig_argv)),
+    'command': shlex.join(passwords.mask_arguments(sys.orig_argv)),
     'versions': {
       'python': platform.python_version(),
       'cnn_jax': cnn_jax.__version__,

@@ -1,12 +1,14 @@
 """Exact evaluation: every example of a split counts exactly once, on any number of devices. Also a command.
 
-python -m cnn_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=last]
-                           [--data_dir=FOLDER] [--top_k=K] [--tta] [--calibrate]
+python -m cnn_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=last] [--top_k=K] [--tta] [--calibrate]
+python -m cnn_jax.evaluate --workdir=DIR --data_dir=FOLDER                 # new images, FOLDER/<class>/*
+python -m cnn_jax.evaluate --workdir=DIR --data_dir=FOLDER --split=test    # the data set of the run, elsewhere
 """
 
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnn_jax import UsageError, calibration, command, distribute, metrics
+from cnn_jax import UsageError, calibration, command, distribute, metrics, models
 from cnn_jax.data import Split
 from cnn_jax.data.augment import normalize, warp
 
@@ -33,7 +35,7 @@ def eval_step(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
   Returns:
     float32 (batch, num_classes).
   """
-  return _in_chunks(lambda images: model.apply(variables, normalize(images), train=False)[0], images)
+  return _in_chunks(lambda images: models.infer(model, variables, normalize(images))[0], images)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'padding'))
@@ -55,7 +57,7 @@ def view_step(
   def log_probabilities(images):
     n = len(images)
     view = warp(images, jnp.full(n, mirror), jnp.zeros(n), jnp.ones(n), jnp.broadcast_to(shift, (n, 2)), padding)
-    return jax.nn.log_softmax(model.apply(variables, normalize(view), train=False)[0])
+    return jax.nn.log_softmax(models.infer(model, variables, normalize(view))[0])
 
   return _in_chunks(log_probabilities, images)
 
@@ -157,14 +159,18 @@ def evaluate_split(model: nn.Module, variables: Any, split: Split, batch_size: i
   return metrics.classification_metrics(logits, split.labels)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
   """The command: prints one JSON object with the metrics of a split, or of a folder of images."""
   parser = command.Parser('Evaluates a run on a split of its data set, or on a folder of new images.')
-  parser.add_argument('--workdir', required=True, help='the run')
+  parser.add_argument('--workdir', type=command.local_path, required=True, help='the run')
   parser.add_argument(
     '--split', choices=['train', 'validation', 'test'], help='the split of its data set (default: test)'
   )
-  parser.add_argument('--data_dir', help='evaluate the images DATA_DIR/<class>/* instead')
+  parser.add_argument(
+    '--data_dir',
+    type=command.local_path,
+    help='evaluate the images DATA_DIR/<class>/* instead; with --split, where the data set of the run is now',
+  )
   parser.add_argument('--checkpoint', default='last', choices=['last', 'best'], help='newest, or best on validation')
   parser.add_argument('--top_k', type=int, help='add the top-k accuracy for this k')
   parser.add_argument('--tta', action='store_true', help='average over the flips and shifts that training used')
@@ -174,8 +180,6 @@ def main(argv: Sequence[str]) -> None:
     help='fit a temperature on validation, and add the calibrated loss and calibration error',
   )
   args = parser.parse_args(argv)
-  if args.split and args.data_dir:
-    raise UsageError('--split and --data_dir exclude each other; give only one of them.')
   if args.calibrate and args.split == 'validation':
     raise UsageError(
       '--calibrate fits on the validation split, so it cannot be evaluated there; choose another --split.'
@@ -184,24 +188,35 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError(f'--top_k is {args.top_k}; give a number of at least 1.')
   # Only the command reads runs and image files; training imports this module without these modules.
   from cnn_jax.pictures import load_folder
-  from cnn_jax.run import load_run, load_run_dataset
+  from cnn_jax.run import check_logits, load_run, load_run_dataset
 
   command.prepare_backend()
   run = load_run(args.workdir, args.checkpoint)
   views = tta_views(run.config.augment) if args.tta else None
   name = args.split or 'test'
-  if args.calibrate or not args.data_dir:
-    dataset = load_run_dataset(run)
-  split = load_folder(args.data_dir, run) if args.data_dir else getattr(dataset, name)
+  new_images = args.data_dir and not args.split
+  if args.calibrate or not new_images:
+    dataset = load_run_dataset(run, args.data_dir if args.split else None)
+  folder = load_folder(args.data_dir, run) if new_images else None
+  split = folder.split if folder else getattr(dataset, name)
   if not len(split.labels):
     raise UsageError(f'the {name} split of "{run.dataset}" is empty; choose another --split.')
   if args.calibrate and not len(dataset.validation.labels):
     raise UsageError(f'the validation split of "{run.dataset}" is empty, so leave out --calibrate.')
 
   def logits_of(split: Split) -> np.ndarray:
-    return compute_logits(run.model, run.variables, split.images, run.config.evaluation.batch_size, views)
+    logits = compute_logits(run.model, run.variables, split.images, run.config.evaluation.batch_size, views)
+    check_logits(logits, run)
+    return logits
 
   logits = logits_of(split)
+  if folder:  # an image that cannot be read is left out, and the others are evaluated
+    for line in (*folder.notes, *(folder.bad[index] for index in sorted(folder.bad))):
+      print(command.printable(line), file=sys.stderr)
+    read = np.setdiff1d(np.arange(len(split)), list(folder.bad))
+    if not len(read):
+      raise UsageError(f'no image of {args.data_dir} can be read; the first: {folder.bad[0]}')
+    logits, split = logits[read], dataclasses.replace(split, labels=split.labels[read])
   measured = metrics.classification_metrics(logits, split.labels)
   if args.top_k:
     measured[f'top{args.top_k}_accuracy'] = metrics.top_k_accuracy(logits, split.labels, args.top_k)
@@ -213,8 +228,11 @@ def main(argv: Sequence[str]) -> None:
       'calibrated_loss': metrics.classification_metrics(logits / temperature, split.labels)['loss'],
       'calibrated_calibration_error': _calibration_error(logits, split.labels, temperature),
     }
-  source = {'data_dir': args.data_dir} if args.data_dir else {'split': name}
+  source = {'data_dir': args.data_dir} if new_images else {'split': name}
   print(json.dumps({'dataset': run.dataset, **source, 'step': run.step, 'n': len(split.labels)} | measured))
+  if folder and folder.bad:
+    command.fail(f'{len(folder.bad):,} of {len(folder.split):,} images could not be read; see above.')
+  return command.USAGE if folder and folder.bad else command.DONE
 
 
 def _calibration_error(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:

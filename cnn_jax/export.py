@@ -4,14 +4,17 @@
     python -m cnn_jax.export --workdir=RUN --output=model.onnx
 
 Both formats map uint8 images (batch, height, width, channels), a batch of any size, to float32 probabilities
-(batch, classes); the pre-processing is inside. They compute in float32 at full precision on every device. A run in
+(batch, classes); the normalisation is inside. `resize` and `drawing` in the description say how `cnn_jax.predict`
+brings a picture of another size to that of the images: see `config.data.resize` and `cnn_jax.data.drawings`. Both
+formats compute in float32 at full precision on every device, as predict and evaluate do. A run in
 bfloat16 is exported without that rounding, so its probabilities differ slightly from those of the run itself. The same
 run gives the same bytes.
 
 `model.stablehlo` is an uncompressed ZIP archive of two members; nothing in it is pickled:
 
-    model.json   {"format": 1, "class_names": [...], "image_shape": [height, width, channels],
-                  "dataset": ..., "step": ..., "jax": the version that wrote it}
+    model.json   {"format": 1, "class_names": [...], "image_shape": [height, width, channels], "resize": crop | pad |
+                  stretch, "drawing": null or {"longer_side": pixels, "centre": [row, column]}, "dataset": ...,
+                  "step": ..., "sha256": of program.bin, "jax": the version that wrote it}
     program.bin  the program and its weights, serialised by `jax.export.Exported.serialize` and lowered for CPU, CUDA
                  and TPU
 
@@ -19,12 +22,13 @@ run gives the same bytes.
 six months; an older one may not. An ONNX file has no such limit.
 
 `model.onnx` (opset 17; install the extra `onnx`) holds `class_names`, `image_shape`, `dataset` and `step` as JSON in its
-metadata. Its graph is converted from the JAX program by `cnn_jax.jaxpr_to_onnx`, whatever the network.
+metadata, with `resize` and `drawing`. Its graph is converted from the JAX program by `cnn_jax.jaxpr_to_onnx`, whatever the network.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -56,6 +60,9 @@ class ExportedModel:
   Attributes:
     class_names: the classes in the order of the probabilities.
     image_shape: (height, width, channels) of an image.
+    resize: how predict brings a picture to that size: crop | pad | stretch; None in a file of version 0.1.
+    drawing: size and place of the training images in their frame, if they are light drawings on black; see
+      `cnn_jax.data.drawings`.
     program: a jitted JAX function, uint8 (n, *image_shape) -> float32 (n, classes), for n >= 1. Other JAX programs can
       call it. The first call with each n compiles.
   """
@@ -63,6 +70,8 @@ class ExportedModel:
   class_names: tuple[str, ...]
   image_shape: tuple[int, int, int]
   program: Callable[[Any], Any]
+  resize: str | None = None
+  drawing: dict[str, Any] | None = None
 
   def __call__(self, images: Any) -> np.ndarray:
     """Computes the probabilities of the classes.
@@ -88,8 +97,8 @@ class ExportedModel:
 def load(path: str | os.PathLike) -> ExportedModel:
   """Reads a model that was exported as `.stablehlo`.
 
-  The file is a program. Nothing in it runs as Python, but load only files whose authors you trust with your
-  accelerator.
+  The file is a program. Nothing in it runs as Python, but XLA compiles it, and a program that was made to harm XLA can
+  end this process or worse: load only files whose authors you trust.
 
   Args:
     path: the file.
@@ -116,7 +125,7 @@ def load(path: str | os.PathLike) -> ExportedModel:
     ) from error
   if not fits:
     raise UsageError(f'{path} is damaged: its program does not fit its description; export the run again.')
-  return ExportedModel(tuple(about['class_names']), shape, call)
+  return ExportedModel(tuple(about['class_names']), shape, call, about.get('resize'), about.get('drawing'))
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytearray]:
@@ -146,6 +155,10 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], bytearray]:
     raise UsageError(
       f'{path} is damaged: image_shape in its model.json is not three positive integers; export it again.'
     )
+  if 'sha256' in about and about['sha256'] != hashlib.sha256(program).hexdigest():  # version 0.1 wrote none
+    raise UsageError(f'{path} is damaged: its program.bin is not as it was written; export it again.')
+  if not isinstance(about.get('resize'), str | None) or not isinstance(about.get('drawing'), dict | None):
+    raise UsageError(f'{path} is damaged: resize or drawing in its model.json has another type; export it again.')
   about['jax'] = str(about.get('jax'))[:40]
   return about, program
 
@@ -165,19 +178,19 @@ def to_stablehlo(run: Run) -> bytes:
   limit = jax.config.jax_traceback_in_locations_limit
   jax.config.update('jax_traceback_in_locations_limit', 0)
   try:
-    # By default a GPU rounds the factors of a product to 10 bits and a TPU to 7, which leaves about 3 digits.
-    with jax.default_matmul_precision('highest'):
-      exported = jax.export.export(jax.jit(_probabilities(run)), platforms=_PLATFORMS)(
-        jax.ShapeDtypeStruct(shape, jnp.uint8)
-      )
+    exported = jax.export.export(jax.jit(_probabilities(run)), platforms=_PLATFORMS)(
+      jax.ShapeDtypeStruct(shape, jnp.uint8)
+    )
   finally:
     jax.config.update('jax_traceback_in_locations_limit', limit)
-  about = {'format': _FORMAT, **_about(run), 'jax': jax.__version__}
+  program = bytes(exported.serialize())
+  sha256 = hashlib.sha256(program).hexdigest()
+  about = {'format': _FORMAT, **_about(run), 'sha256': sha256, 'jax': jax.__version__}
   contents = io.BytesIO()
   with zipfile.ZipFile(contents, 'w') as archive:
     # A `ZipInfo` that is made from a name has a fixed date.
     archive.writestr(zipfile.ZipInfo('model.json'), json.dumps(about, indent=2) + '\n')
-    archive.writestr(zipfile.ZipInfo('program.bin'), bytes(exported.serialize()))
+    archive.writestr(zipfile.ZipInfo('program.bin'), program)
   return contents.getvalue()
 
 
@@ -204,20 +217,22 @@ def to_onnx(run: Run) -> bytes:
 def main(argv: Sequence[str]) -> None:
   """Writes the file and prints one line about it; see the docstring of the module."""
   parser = command.Parser('Exports a run as one file: .stablehlo for JAX, .onnx for other runtimes.')
-  parser.add_argument('--workdir', required=True, help='the run')
+  parser.add_argument('--workdir', type=command.local_path, required=True, help='the run')
   parser.add_argument(
-    '--output', required=True, help='the file to write; its suffix, .stablehlo or .onnx, is its format'
+    '--output',
+    type=command.local_path,
+    required=True,
+    help='the file to write; its suffix, .stablehlo or .onnx, is its format',
   )
   parser.add_argument('--checkpoint', default='last', choices=['last', 'best'], help='newest, or best on validation')
   args = parser.parse_args(argv)
-  output = pathlib.Path(args.output).expanduser()
+  output = pathlib.Path(os.path.expanduser(args.output))
   formats = {'.stablehlo': to_stablehlo, '.onnx': to_onnx}
   if output.suffix not in formats:
     raise UsageError(
       f'--output is {args.output}, whose suffix is not a format; use a name that ends in .stablehlo or .onnx.'
     )
-  if not output.parent.is_dir():
-    raise UsageError(f'{output.parent}, the folder of --output, does not exist; create it or choose another.')
+  files.check_output(output)
   from cnn_jax.run import load_run
 
   run = load_run(args.workdir, args.checkpoint)
@@ -228,7 +243,8 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError(f'{output} cannot be written: {error.strerror or error}.') from error
   shape = 'x'.join(map(str, run.image_shape))
   print(
-    f'{output}: {len(run.class_names)} classes, uint8 images of {shape}, step {run.step}, {len(contents) / 1e6:.2f} MB'
+    f'{command.printable(str(output))}: {len(run.class_names)} classes, uint8 images of {shape}, step {run.step}, '
+    f'{len(contents) / 1e6:.2f} MB'
   )
 
 
@@ -237,12 +253,13 @@ def _probabilities(run: Run) -> Callable[[Any], Any]:
   import jax
   import jax.numpy as jnp
 
+  from cnn_jax import models
   from cnn_jax.data.augment import normalize
 
   model = run.model.clone(dtype=jnp.float32)
 
   def probabilities(images):
-    logits, _ = model.apply(run.variables, normalize(images), train=False)
+    logits, _ = models.infer(model, run.variables, normalize(images))
     return jax.nn.softmax(logits)
 
   return probabilities
@@ -252,6 +269,8 @@ def _about(run: Run) -> dict[str, Any]:
   return {
     'class_names': list(run.class_names),
     'image_shape': list(run.image_shape),
+    'resize': run.config.data.resize,
+    'drawing': run.drawing,
     'dataset': run.dataset,
     'step': run.step,
   }

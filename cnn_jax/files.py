@@ -1,4 +1,4 @@
-"""The file system: whole-or-nothing writes, guarded reads, JSON, the cache directory, and the files below a folder."""
+"""The file system: whole-or-nothing writes, guarded reads, JSON, and the cache directory."""
 
 import contextlib
 import errno
@@ -7,9 +7,10 @@ import json
 import math
 import os
 import pathlib
+import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from cnn_jax import UsageError
@@ -61,6 +62,30 @@ def open_atomically(path: str | os.PathLike, *, private: bool = False) -> Iterat
     raise
 
 
+def check_output(path: str | os.PathLike) -> None:
+  """Checks that a command can write its output to a path, before the work for it is done.
+
+  A link is allowed: the file replaces it, and what it points to stays as it is.
+
+  Raises:
+    UsageError: the folder is missing or cannot be written, or there is something that is no file, such as a folder, a
+      device or a pipe.
+  """
+  path = pathlib.Path(path)
+  try:
+    mode = path.lstat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+      raise UsageError(f'cannot write {path}: it is there and is not a file; choose another --output.')
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    raise UsageError(f'cannot write {path}: {error.strerror}; choose another --output.') from error
+  if not path.parent.is_dir():
+    raise UsageError(f'cannot write {path}: its folder does not exist; create it or choose another --output.')
+  if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    raise UsageError(f'cannot write {path}: its folder is read-only; choose another --output.')
+
+
 def open_regular(path: str | os.PathLike) -> io.BufferedReader:
   """Opens a regular file for reading.
 
@@ -74,36 +99,44 @@ def open_regular(path: str | os.PathLike) -> io.BufferedReader:
   return open(descriptor, 'rb')
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+def read_limited(path: str | os.PathLike, limit: int = _MAX_JSON_BYTES) -> bytes:
+  """Reads a regular file.
+
+  Raises:
+    OSError: the file cannot be read, is not regular, or has more than `limit` bytes.
+  """
+  with open_regular(path) as file:
+    contents = file.read(limit + 1)
+  if len(contents) > limit:
+    raise OSError(errno.EFBIG, f'It has more than {limit:,} bytes', os.fspath(path))
+  return contents
+
+
+def read_json(path: str | os.PathLike, advice: str = 'restore a copy or use another workdir') -> dict[str, Any] | None:
   """Reads a JSON object, from a file that anybody may have written.
 
   Args:
     path: a regular file of at most 16 MiB, nested at most 32 levels deep.
+    advice: what to do about a file that cannot be read, for the message.
 
   Returns:
     The object; None if there is no such file.
 
   Raises:
-    UsageError: the file cannot be read, or is not such an object.
+    UsageError: the file cannot be read, is not such an object, or names a field twice.
   """
   try:
-    with open_regular(path) as file:
-      text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-      raise UsageError(f'{path} has more than {_MAX_JSON_BYTES:,} bytes; restore a copy or use another workdir.')
-    value = json.loads(text)
+    value = json.loads(read_limited(path), object_pairs_hook=_without_repeats)
   except FileNotFoundError:
     return None
   except OSError as error:
-    raise UsageError(f'cannot read {path}: {error.strerror}; give the workdir of a run.') from error
+    raise UsageError(f'cannot read {path}: {error.strerror}; {advice}.') from error
   except ValueError as error:
-    raise UsageError(f'{path} is not JSON ({error}); restore a copy or use another workdir.') from error
+    raise UsageError(f'{path} is not JSON ({error}); {advice}.') from error
   except RecursionError:
     value = None
   if not isinstance(value, dict) or _is_deeper(value, _MAX_JSON_DEPTH):
-    raise UsageError(
-      f'{path} does not hold a JSON object of at most {_MAX_JSON_DEPTH} levels; restore a copy or use another workdir.'
-    )
+    raise UsageError(f'{path} does not hold a JSON object of at most {_MAX_JSON_DEPTH} levels; {advice}.')
   return value
 
 
@@ -158,57 +191,27 @@ def cache_dir() -> pathlib.Path:
     raise UsageError('there is no home directory for the cache; set XDG_CACHE_HOME to a directory.') from error
 
 
-def walk(path: str, suffixes: Sequence[str]) -> Iterator[str]:
-  """Yields the files below a folder, sorted, and yields any other path unchanged.
+def local_path(path: str | os.PathLike) -> str:
+  """A path that a user gave, with `~` replaced by the home directory.
 
-  Hidden entries, files with other suffixes and links to folders are skipped. Links to missing files are yielded, and so
-  is a folder that contains no such file or that cannot be listed, so that whoever reads them reports the reason. Memory
-  holds the names of one folder and its parents only.
-
-  Args:
-    path: of a folder, or of anything else.
-    suffixes: lower-case endings of the wanted files, such as '.png'; the case of a file's own does not matter.
+  Raises:
+    UsageError: it is the address of another machine or service, or begins with the name of a user who does not exist.
   """
-  if not os.path.isdir(path):
-    yield path
-    return
-  found = False
-  folders = [_list(path, tuple(suffixes))]
-  while folders:
-    entry, is_folder = next(folders[-1], (None, False))
-    if entry is None:
-      folders.pop()
-    elif is_folder:
-      folders.append(_list(entry, tuple(suffixes)))
-    else:
-      found = True
-      yield entry
-  if not found:
-    yield path
+  path = os.fspath(path)
+  if re.match(r'[a-z][a-z0-9+.-]*://', path, re.IGNORECASE):
+    raise UsageError(f'{path} is not a path on this machine; copy or mount it, and give its path.')
+  expanded = os.path.expanduser(path)
+  if expanded.startswith('~') and not os.path.exists(path):
+    raise UsageError(f'{path} begins with ~, but there is no such user or home directory; give the full path.')
+  return expanded
 
 
-def _list(folder: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
-  """The wanted entries of a folder, sorted, and whether each is a folder itself."""
-  try:
-    with os.scandir(folder) as entries:
-      names = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in entries if _is_wanted(e, suffixes))
-  except OSError:
-    return iter([(folder, False)])
-  return ((os.path.join(folder, name), is_folder) for name, is_folder in names)
-
-
-def _is_wanted(entry: os.DirEntry, suffixes: tuple[str, ...]) -> bool:
-  if entry.name.startswith('.'):
-    return False
-  if entry.is_dir(follow_symlinks=False):
-    return True
-  if not entry.name.lower().endswith(suffixes):
-    return False
-  try:
-    # A link that leads nowhere is yielded, so that whoever reads it reports the reason.
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-  except OSError:  # such as a link to itself
-    return True
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; of a field that is there twice, readers differ in which one they take."""
+  value = dict(pairs)
+  if len(value) != len(pairs):
+    raise ValueError('a field is there twice')
+  return value
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

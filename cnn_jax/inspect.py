@@ -138,7 +138,7 @@ def first_convolution(model: nn.Module, variables: Any, images: jax.Array) -> tu
   @jax.jit
   def compute(variables, images):
     with nn.intercept_methods(record):
-      model.apply(variables, images, train=False)
+      models.infer(model, variables, images)
     return found.pop()
 
   kernel, output = compute(variables, images)

@@ -3,13 +3,13 @@
     python -m cnn_jax.main --config=configs/mnist.py [--workdir=DIR] [--config.optimizer.learning_rate=0.1]
                            [--config.seeds=8]
 
-Exit status: 0 done, 2 a usage, config or data error, 3 diverged, 143 stopped after saving.
+Exit status: 0 done, 2 a usage, config or data error, 3 diverged, 143 stopped after saving, or because another process of
+the run has ended. The same command continues a run that was stopped.
 """
 
 import contextlib
 import os
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,28 +48,30 @@ def train_and_evaluate(
   # These imports take a second; a mistyped config has been reported by now.
   import jax
 
-  from cnn_jax import distribute, inspect, models, record, seeds
-  from cnn_jax.data import load_dataset
+  from cnn_jax import distribute, inspect, models, peers, seeds, workdirs
+  from cnn_jax.data import load_dataset, overview
 
   config_lib.check_devices(config, jax.device_count())
   primary = distribute.is_primary()
-  with record.lock(workdir) if primary else contextlib.nullcontext():
-    record.check_config(workdir, config)
-    if (result := record.read_result(workdir)) is not None:
+  with workdirs.lock(workdir) if primary else contextlib.nullcontext():
+    if (result := peers.first(lambda: seeds.begin(config, workdir))) is not None:
       distribute.say(
         f'The run in {workdir} is complete: {seeds.describe(result)}. Use another --workdir for a new one.'
       )
+      seeds.finish(config, workdir, lambda: dataset or load_dataset(config.data))
       return result
     dataset = dataset or load_dataset(config.data)
     num_classes, image_shape = len(dataset.class_names), tuple(dataset.train.images.shape[1:])
     config_lib.check_data(config, len(dataset.train), num_classes, image_shape)
+    adapted, lines = config_lib.adapt(config, len(dataset.train))
+    config_lib.check_devices(adapted, jax.device_count())
+    for line in lines:
+      distribute.say(line)
+    peers.compare(seeds.facts(config, dataset))
     if primary:
-      record.write_config(workdir, config)
-      record.write_environment(workdir)
-    distribute.say(
-      f'{dataset.name}: {len(dataset.train):,} training, {len(dataset.validation):,} validation and '
-      f'{len(dataset.test):,} test images, {"x".join(map(str, image_shape))}, {num_classes} classes.'
-    )
+      seeds.write_start(config, workdir)
+    for line in overview.lines(dataset):
+      distribute.say(line)
     distribute.say(inspect.summary(models.create(config.model, num_classes), image_shape))
     train = seeds.train_seeds if config.seeds > 1 else seeds.train_one
     options = {'evaluate_test': evaluate_test, 'on_validation': on_validation, 'profile': profile}
@@ -82,22 +84,31 @@ def main(argv: Sequence[str]) -> None:
   """The command; see the module's docstring."""
   parser = command.Parser(__doc__)
   command.add_config(parser)
-  parser.add_argument('--workdir', help='where the run is recorded and resumed; default: runs/CONFIG-TIME')
+  parser.add_argument(
+    '--workdir', type=command.local_path, help='where the run is recorded and resumed; default: runs/CONFIG-TIME'
+  )
   parser.add_argument('--profile', action='store_true', help='write a trace of some steps for TensorBoard or Perfetto')
   parser.add_argument('--coordinator', help='host:port of process 0, if several processes train together')
   parser.add_argument('--num_processes', type=int, help='how many processes train together')
   parser.add_argument('--process_id', type=int, help='which of them this is, from 0')
+  for name, seconds, what in (
+    ('heartbeat', 20.0, 'of silence after which another process counts as lost'),
+    ('join', 25.0, 'after which a process ends that does not find the others'),
+  ):
+    parser.add_argument(f'--{name}_seconds', type=float, default=seconds, help=f'{what} (default: {seconds:g})')
   args, overrides = parser.parse_known_args(argv)
   if not args.config:
     raise UsageError('which experiment? give --config=configs/mnist.py or another file of configs/.')
   config = config_lib.load(args.config, overrides)
   stem = pathlib.Path(args.config.partition(':')[0]).stem
   command.prepare_backend()
-  from cnn_jax import distribute
+  from cnn_jax import distribute, peers, workdirs
 
-  distribute.join(args.coordinator, args.num_processes, args.process_id)
-  workdir = args.workdir or f'runs/{stem}-{time.strftime("%Y%m%d-%H%M%S")}'
-  train_and_evaluate(config, workdir, profile=args.profile)
+  distribute.join(args.coordinator, args.num_processes, args.process_id, args.heartbeat_seconds, args.join_seconds)
+  with peers.together(command.outcome):
+    # Only the first process writes, so only it needs a new place.
+    new = workdirs.new_workdir if distribute.is_primary() else str
+    train_and_evaluate(config, args.workdir or new(f'runs/{stem}'), profile=args.profile)
 
 
 if __name__ == '__main__':

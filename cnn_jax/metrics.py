@@ -71,14 +71,15 @@ def divide(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  """Computes loss, accuracy and top-5 accuracy over a split, in float64.
+  """Computes loss and accuracies over a split, in float64.
 
   Args:
-    logits: float (n, num_classes), n >= 1.
+    logits: float (n, num_classes), n >= 1. A prediction with a logit that is not a number is wrong.
     labels: int (n,).
 
   Returns:
-    `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `top5_accuracy`.
+    `loss` (mean cross-entropy in nats, without smoothing), `accuracy`, `balanced_accuracy` (the mean of the accuracies
+    of the classes that occur), `top5_accuracy`.
 
   Raises:
     ValueError: there are no examples.
@@ -86,9 +87,13 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
   if len(logits) == 0:
     raise ValueError('metrics need at least one example, but there are no examples')
   log_probabilities = log_softmax(logits)
+  correct = (np.argmax(logits, axis=1) == labels) & ~np.isnan(logits).any(axis=1)
+  counts = np.bincount(labels)
+  recalls = np.bincount(labels, correct)[counts > 0] / counts[counts > 0]
   return {
     'loss': float(-np.mean(np.take_along_axis(log_probabilities, labels[:, None], axis=1))),
-    'accuracy': float(np.mean(np.argmax(logits, axis=1) == labels)),
+    'accuracy': float(np.mean(correct)),
+    'balanced_accuracy': float(np.mean(recalls)),
     'top5_accuracy': top_k_accuracy(logits, labels, 5),
   }
 
@@ -97,12 +102,13 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
   """Computes the share of examples for which fewer than k classes have a larger logit than the label.
 
   Args:
-    logits: float (n, num_classes), n >= 1.
+    logits: float (n, num_classes), n >= 1. A prediction with a logit that is not a number is wrong.
     labels: int (n,).
     k: at least 1.
   """
   label_logits = np.take_along_axis(logits, labels[:, None], axis=1)
-  return float(np.mean(np.sum(logits > label_logits, axis=1) < k))
+  right = np.sum(logits > label_logits, axis=1) < k
+  return float(np.mean(right & ~np.isnan(logits).any(axis=1)))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -111,19 +117,36 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
   return shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True))
 
 
-def check_finite(losses: np.ndarray, first_step: int) -> None:
-  """Raises `Diverged` if a loss is not finite.
+# Beyond it float32 cannot represent a change by one, so that no update of usual size has an effect.
+_LARGEST_NORM = 2.0**24
+
+
+def diverged(what: str) -> Diverged:
+  """The exception that says what is not finite, and what to change."""
+  return Diverged(
+    f'{what}; lower config.optimizer.learning_rate, lengthen config.schedule.warmup_epochs or set '
+    'config.optimizer.clip_norm, and use another --workdir.'
+  )
+
+
+def check_steps(measured: Mapping[str, np.ndarray], first_step: int) -> None:
+  """Raises `Diverged` if a loss is not finite, or a norm is not finite or far beyond any use.
 
   Args:
-    losses: (steps,).
-    first_step: the number of steps before the first loss.
+    measured: float32 (steps,) for each metric of `train_step`.
+    first_step: the number of steps before the first of them.
   """
-  bad = np.flatnonzero(~np.isfinite(losses))
-  if len(bad):
-    raise Diverged(
-      f'the loss of step {first_step + int(bad[0]) + 1:,} is {losses[bad[0]]}; lower config.optimizer.learning_rate, '
-      'lengthen config.schedule.warmup_epochs or set config.optimizer.clip_norm, and use another --workdir.'
-    )
+  norms = [name for name in measured if name.endswith('_norm')]
+  bad = ~np.isfinite(measured['loss'])
+  for name in norms:
+    bad |= ~(measured[name] <= _LARGEST_NORM)
+  if not np.any(bad):
+    return
+  i = int(np.argmax(bad))
+  name = (
+    'loss' if not np.isfinite(measured['loss'][i]) else next(n for n in norms if not measured[n][i] <= _LARGEST_NORM)
+  )
+  raise diverged(f'the {name.replace("_", " ")} of step {first_step + i + 1:,} is {measured[name][i]:g}')
 
 
 class Windows:

@@ -1,15 +1,15 @@
 """Image files as the input of a run's network: one picture, or a folder with one folder per class."""
 
+import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cnn_jax import UsageError, files
-from cnn_jax.data import Split, drawings
-from cnn_jax.data.decode import LazyImages
-from cnn_jax.data.images import IMAGE_EXTENSIONS, load_image
+from cnn_jax import UsageError
+from cnn_jax.data import Split, drawings, layout, listing
+from cnn_jax.data.images import load_image
+from cnn_jax.data.lazy import LazyImages
 from cnn_jax.run import Run
 
 
@@ -33,7 +33,7 @@ def load_picture(file: Any, run: Run, *, invert: str = 'auto', name: str | None 
   """
   height, width, channels = run.image_shape
   if run.drawing and invert != 'never':
-    image = load_image(file, channels=channels, name=name)
+    image = load_image(file, channels=channels, name=name, bit_depth=run.bit_depth)
     inverted = invert == 'always' or drawings.is_dark_on_light(image)
     if image.shape == run.image_shape:
       return drawings.invert(image) if inverted else image
@@ -41,37 +41,80 @@ def load_picture(file: Any, run: Run, *, invert: str = 'auto', name: str | None 
       return drawings.fit(image, run.drawing, run.image_shape)
     if hasattr(file, 'seek'):
       file.seek(0)
-  image = load_image(file, size=(height, width), channels=channels, resize=run.config.data.resize, name=name)
+  options: dict[str, Any] = {'channels': channels, 'resize': run.config.data.resize, 'bit_depth': run.bit_depth}
+  image = load_image(file, size=(height, width), name=name, **options)
   return drawings.invert(image) if invert == 'always' and not run.drawing else image
 
 
-def load_folder(directory: str | os.PathLike, run: Run) -> Split:
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """The images of a folder as a split.
+
+  Attributes:
+    split: images are read when they are indexed; one that cannot be read is black.
+    bad: the index in `split` of each image that could not be read, and the reason; complete when all have been indexed.
+    notes: a line about each kind of thing that is not used.
+  """
+
+  split: Split
+  bad: dict[int, str]
+  notes: list[str]
+
+
+def load_folder(directory: str | os.PathLike, run: Run) -> Folder:
   """Lists the images DIRECTORY/<class>/* as a split with the labels of a run; classes are matched by name.
 
-  Images are read by `load_picture` when they are indexed. Classes of the run may be absent.
+  Images are read by `load_picture`. Classes of the run may be absent.
 
   Args:
     directory: the folder that holds one folder per class.
     run: sets the classes and the way of reading.
 
   Raises:
-    UsageError: there are no images, or a folder does not match any class.
+    UsageError: there are no images, or a folder that holds images does not match any class.
   """
-  root = Path(directory).expanduser()
-  if not root.is_dir():
+  root = os.path.expanduser(directory)
+  if not os.path.isdir(root):
     raise UsageError(f'{root} is not a directory; give one that holds a folder of images per class.')
-  labels, paths = [], []
-  for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith('.')):
-    if folder.name not in run.class_names:
-      known = ', '.join(run.class_names[:10]) + (', ...' if len(run.class_names) > 10 else '')
-      raise UsageError(f'{folder} does not match any class of this run; rename or remove it. The classes: {known}.')
-    found = [path for path in files.walk(str(folder), IMAGE_EXTENSIONS) if path != str(folder)]
-    paths += found
-    labels += len(found) * [run.class_names.index(folder.name)]
-  if not paths:
-    raise UsageError(
-      f'{root} holds no image in a folder named after a class, such as {root / run.class_names[0]}; add some.'
-    )
-  names = [os.path.relpath(path, root) for path in paths]
-  images = LazyImages(lambda index: load_picture(paths[index], run), np.arange(len(paths)), run.image_shape)
-  return Split(images, np.array(labels, np.int32), names)
+  passed, labels, found, notes = listing.Passed(), [], [], []
+  top = listing.scan(root, passed)
+  known = {name: label for label, name in enumerate(run.class_names)}
+  seen = listing.surroundings(root)
+  for name in top.folders:
+    files = list(listing.walk(os.path.join(root, name), passed, seen))
+    if files and listing.text(name) not in known:
+      raise UsageError(f'{os.path.join(root, name)} does not match any class of this run; {_hint(root, name, run)}.')
+    if not files:
+      notes.append(f'{listing.text(os.path.join(root, name))} holds no image; it is not used.')
+    found += files
+    labels += len(files) * [known.get(listing.text(name), 0)]
+  if not found:
+    example = os.path.join(root, run.class_names[0])
+    kinds = f' but files of other kinds ({passed.kinds()})' if passed.suffixes else ''
+    raise UsageError(f'{root} holds no image in a folder named after a class, such as {example}{kinds}; add some.')
+  if top.files:
+    notes.append(f'Images that lie in no folder of a class and are not used: {len(top.files):,}.')
+  bad: dict[int, str] = {}
+
+  def load(index: int) -> np.ndarray:
+    try:
+      if found[index].problem:
+        raise UsageError(f'{found[index].path} {found[index].problem}.')
+      return load_picture(found[index].path, run)
+    except UsageError as error:
+      bad[int(index)] = str(error)
+      return np.zeros(run.image_shape, np.uint8)
+
+  names = [listing.text(os.path.relpath(file.path, root)) for file in found]
+  images = LazyImages(load, np.arange(len(found)), run.image_shape)
+  return Folder(Split(images, np.array(labels, np.int32), names), bad, [*notes, *passed.notes()])
+
+
+def _hint(root: str, name: str, run: Run) -> str:
+  """What to do about a folder that is not one of a run's classes."""
+  if layout.split_of(name):
+    return f'if it is a split, give it as the folder: {os.path.join(root, name)}'
+  near = [known for known in run.class_names if layout.fold(known) == layout.fold(name)]
+  if near:
+    return f'rename {name!a} to {near[0]!a}'
+  return f'rename or remove it. The classes: {listing.shorten(list(run.class_names), 10)}'

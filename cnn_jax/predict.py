@@ -23,12 +23,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cnn_jax import UsageError, calibration, command, evaluate, files, inspect, models, pictures
-from cnn_jax.data import augment
-from cnn_jax.data.decode import read_ahead
-from cnn_jax.data.images import IMAGE_EXTENSIONS
+from cnn_jax import UsageError, calibration, command, evaluate, inspect, models, pictures
+from cnn_jax.data import augment, listing
+from cnn_jax.data.lazy import read_ahead
 from cnn_jax.progress import Counter
-from cnn_jax.run import Run, load_run
+from cnn_jax.run import Run, check_logits, load_run
 
 _BATCH_SIZE = 256
 _BATCH_BYTES = 2**30  # of the largest layer's output
@@ -51,9 +50,7 @@ class Classifier:
     self.run = run
     self.class_names = run.class_names
     self._invert = invert
-    self._maps = jax.jit(
-      lambda variables, images: run.model.apply(variables, augment.normalize(images), train=False)[1]
-    )
+    self._maps = jax.jit(lambda variables, images: models.infer(run.model, variables, augment.normalize(images))[1])
     self.batch_size = batch_size or _fitting_batch_size(run)
 
   def predict(self, images: Any, *, tta: bool = False) -> np.ndarray:
@@ -161,15 +158,18 @@ class Classifier:
   def _probabilities(self, images: list[np.ndarray], size: int, views: evaluate.Views | None) -> np.ndarray:
     batch = np.zeros((size, *self.run.image_shape), np.uint8)
     batch[: len(images)] = np.stack(images) if images else 0
-    logits = evaluate.compute_logits(self.run.model, self.run.variables, batch, size, views)
-    return calibration.softmax(logits[: len(images)])
+    logits = evaluate.compute_logits(self.run.model, self.run.variables, batch, size, views)[: len(images)]
+    check_logits(logits, self.run)
+    return calibration.softmax(logits)
 
 
 def main(argv: Sequence[str]) -> int:
   """The command: prints a line per image; the status is 2 if an image could not be read."""
   parser = command.Parser('Classifies image files.')
-  parser.add_argument('images', nargs='+', metavar='IMAGE_OR_FOLDER', help='files, and folders of files')
-  parser.add_argument('--workdir', required=True, help='the run')
+  parser.add_argument(
+    'images', type=command.local_path, nargs='+', metavar='IMAGE_OR_FOLDER', help='files, and folders of files'
+  )
+  parser.add_argument('--workdir', type=command.local_path, required=True, help='the run')
   parser.add_argument('--top_k', type=int, default=5, help='number of most probable classes to print (default: 5)')
   parser.add_argument('--json', action='store_true', help='print one JSON object per line instead of a table')
   parser.add_argument('--one_hot', action='store_true', help='add the one-hot vector of the predicted class')
@@ -190,7 +190,8 @@ def main(argv: Sequence[str]) -> int:
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')  # the encoding of a terminal may lack characters of a file's name
   classifier = Classifier(load_run(args.workdir, args.checkpoint), invert=args.invert, batch_size=args.batch_size)
-  paths = itertools.chain.from_iterable(files.walk(path, IMAGE_EXTENSIONS) for path in args.images)
+  passed = listing.Passed()
+  paths = itertools.chain.from_iterable(listing.expand(path, passed) for path in args.images)
   top_k = min(args.top_k, len(classifier.class_names))
   table = _Table(classifier.class_names, top_k, args.one_hot)
   # If the results go to the same terminal, they show the progress themselves.
@@ -212,6 +213,8 @@ def main(argv: Sequence[str]) -> int:
         counter.show(count)
   if counter:
     counter.clear()
+  for note in passed.notes():
+    print(command.printable(note), file=sys.stderr)
   if failed:
     command.fail(f'{failed:,} of {count:,} files could not be classified; their lines give the reasons.')
   return command.USAGE if failed else command.DONE
@@ -321,7 +324,11 @@ def _check_file(path: str | os.PathLike) -> None:
   except OSError:
     return  # the reader reports the reason
   if stat.S_ISDIR(mode):
-    raise UsageError('the folder holds no image that can be read.')
+    try:
+      os.listdir(path)
+    except OSError as error:
+      raise UsageError(f'the folder cannot be listed: {error.strerror}.') from None
+    raise UsageError('the folder holds no image.')
   if not stat.S_ISREG(mode):
     raise UsageError('it is not a file but a pipe or a device.')  # reading may never end
 

@@ -3,11 +3,13 @@
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Self, TextIO
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BEFORE_WAITING = 3.0
 SECONDS_PER_CALL = 2.0
 
 
@@ -111,6 +113,7 @@ class Progress:
     self._line = Line(stream or sys.stdout)
     self._parts: dict[str, str] = {}  # of the line that is drawn, or that is still to be printed
     self._epoch: int | None = None
+    self._compiled: set[str] = set()
     self._printed = time.monotonic()
     self._first: tuple[int, float] | None = None  # step and time of the first update
 
@@ -120,7 +123,8 @@ class Progress:
     Args:
       step: steps done.
       epoch: that the step belongs to, from 1.
-      metrics: `loss`, `accuracy`, `validation_accuracy` (fractions) and `learning_rate` are shown if present.
+      metrics: `loss`, `accuracy`, `validation_accuracy` (fractions) and `learning_rate` are shown if present, and
+        `validation_balanced_accuracy` if it differs by more than a point.
       images_per_second: of training.
     """
     now = time.monotonic()
@@ -132,6 +136,39 @@ class Progress:
       self._draw()
     elif step >= self._total_steps or now - self._printed >= _SECONDS_BETWEEN_LINES:
       self._print_line()
+
+  @contextlib.contextmanager
+  def compiling(self, what: str, hurry: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Shows, from the third second on, what this block, which compiles, is doing; does nothing the next time.
+
+    Args:
+      what: a line such as 'Compiling the training steps'.
+      hurry: makes the context of the block.
+    """
+    if what in self._compiled:
+      yield
+      return
+    self._compiled.add(what)
+    ended, started = threading.Event(), time.monotonic()
+
+    def show() -> None:
+      wait = _SECONDS_BEFORE_WAITING
+      while not ended.wait(wait):
+        if not self._line.live:
+          self._line.print(f'{what} ...')
+          return
+        self._line.draw(f'{what}, {duration(time.monotonic() - started)}')
+        wait = 1.0
+
+    thread = threading.Thread(target=show, name='progress', daemon=True)
+    thread.start()
+    try:
+      with hurry():
+        yield
+    finally:
+      ended.set()
+      thread.join()
+      self._line.clear()
 
   def close(self) -> None:
     """Leaves the last line on the screen; a second call does nothing."""
@@ -157,6 +194,9 @@ class Progress:
       parts['accuracy'] = f'accuracy {100 * metrics["accuracy"]:.2f} %'
     if 'validation_accuracy' in metrics:
       parts['validation'] = f'validation {100 * metrics["validation_accuracy"]:.2f} %'
+      balanced = metrics.get('validation_balanced_accuracy', metrics['validation_accuracy'])
+      if abs(balanced - metrics['validation_accuracy']) > 0.01:  # a class has too few images to count
+        parts['balanced'] = f'balanced {100 * balanced:.2f} %'
     if 'learning_rate' in metrics:
       parts['learning_rate'] = f'learning rate {metrics["learning_rate"]:.4g}'
     parts['speed'] = f'{images_per_second:,.0f} images/s'

@@ -1,15 +1,12 @@
-"""What a run records in its workdir: the lock, config, environment, log points and result.
+"""What a run records in its workdir: config, environment, log points and result.
 
 All of it is JSON; non-finite numbers are written as null. Nothing is executed when it is read.
 """
 
 import contextlib
-import errno
-import fcntl
+import io
 import json
 import os
-import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -17,49 +14,23 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 import cnn_jax
-from cnn_jax import UsageError, environment, files, sinks
+from cnn_jax import UsageError, environment, files, sinks, workdirs
 from cnn_jax import config as config_lib
 
-# A resumed run may change these sections: they determine what is recorded, not what is computed.
-_FREE_SECTIONS = ('log', 'checkpoint')
+# Sections and fields that a resumed run may change: they determine what is recorded and where the data are, not what is
+# computed. The identity of the data is checked by itself.
+_FREE = ('log', 'checkpoint', 'data.dir', 'data.table')
+_LENGTH = ('epochs', 'min_steps')  # a run with a constant schedule may be continued
 
-
-@contextlib.contextmanager
-def lock(workdir: str | os.PathLike) -> Iterator[None]:
-  """Makes a workdir, with its parents, and owns it while the context lasts.
-
-  The lock is on the file `.lock`, which holds the number of the last owner. The kernel releases it if the process dies.
-
-  Args:
-    workdir: of the run.
-
-  Raises:
-    UsageError: another process owns the workdir, or it cannot be written.
-  """
-  path = Path(workdir)
-  with contextlib.ExitStack() as stack:
-    with _storage(path):
-      path.mkdir(parents=True, exist_ok=True)
-      file = stack.enter_context(os.fdopen(_open_lock(path / '.lock'), 'r+', errors='replace'))
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        owner = re.match(r'\d{1,10}$', file.read(11).strip())
-        raise UsageError(
-          f'the workdir {path} is in use by {f"process {owner[0]}" if owner else "another process"}; '
-          'wait for it, stop it or use another --workdir.'
-        ) from None
-      file.truncate(0)
-      file.write(f'{os.getpid()}\n')
-      file.flush()
-    yield
+_MAX_LOG_BYTES = 2**30  # of metrics.jsonl, about 5 million points
+_MAX_REASON = 500  # characters of what is wrong in a config that somebody else may have written
 
 
 def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
   """Checks that a run can be started in a workdir, or continued there, with a config.
 
-  A continued run must have the config that it was started with, except for the sections `log` and `checkpoint`. A
-  field that is newer than the run counts as its default.
+  A continued run must have the config that it was started with, except for the sections `log` and `checkpoint`, the place
+  of the data, and, if the schedule is constant, more epochs. A field that is newer than the run counts as its default.
 
   Args:
     workdir: of the run; may not exist yet.
@@ -72,12 +43,40 @@ def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
   recorded = _read_config(workdir)
   if recorded is None:
     return
-  before, now = (dict(config_lib.leaves(files.plain(made.to_dict()))) for made in (recorded, config))
-  for field in sorted({*before, *now}):
-    old, new = before.get(field, 'missing'), now.get(field, 'missing')
-    if old != new and field.split('.')[0] not in _FREE_SECTIONS:
+  for field, old, new in _differences(recorded, config):
+    if field in _LENGTH and new > old:
+      if config.schedule.name == recorded.schedule.name == 'constant':
+        continue
       raise UsageError(
-        f'config.{field} is {new!r}, but the run in {workdir} was started with {old!r}; use another --workdir.'
+        f'config.{field} is {new!r}, but the run in {workdir} was started with {old!r}, and its schedule '
+        f'{recorded.schedule.name!r} ends there; train longer from its weights, with a schedule of their own, by '
+        f'--config.init_from={workdir} and another --workdir.'
+      )
+    raise UsageError(
+      f'config.{field} is {new!r}, but the run in {workdir} was started with {old!r}; use another --workdir.'
+    )
+
+
+def check_saved_config(workdir: str | os.PathLike, saved: Any, config: ConfigDict) -> None:
+  """Checks that config.json still describes the network and the training of a checkpoint.
+
+  Args:
+    workdir: of the run.
+    saved: the config in the checkpoint's notes; None in a run of version 0.1.
+    config: of `load_config`, or checked by `check_config`.
+
+  Raises:
+    UsageError: names the field that differs.
+  """
+  if saved is None:
+    return
+  path = Path(workdir) / 'config.json'
+  if not isinstance(saved, Mapping):
+    raise UsageError(f'a checkpoint in {workdir} holds no config but a {type(saved).__name__}; use another workdir.')
+  for field, old, new in _differences(_make_config(saved, path), config):
+    if field not in _LENGTH or config.schedule.name != 'constant':
+      raise UsageError(
+        f'{path} has {new!r} as {field}, but its checkpoint was trained with {old!r}; restore that value.'
       )
 
 
@@ -99,14 +98,9 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict:
   if config is None:
     raise UsageError(f'{Path(workdir) / "config.json"} is missing; give the --workdir of a run.')
   if config.seeds > 1:
-    first, last = (seed_workdir(workdir, seed) for seed in (config.seed, config.seed + config.seeds - 1))
+    first, last = (workdirs.seed_workdir(workdir, seed) for seed in (config.seed, config.seed + config.seeds - 1))
     raise UsageError(f'{workdir} holds the runs of {config.seeds} seeds; give one of {first} to {last.name} instead.')
   return config.lock()
-
-
-def seed_workdir(workdir: str | os.PathLike, seed: int) -> Path:
-  """The workdir of one seed below the workdir of several."""
-  return Path(workdir) / f'seed_{seed:05}'
 
 
 def write_environment(workdir: str | os.PathLike) -> None:
@@ -147,7 +141,7 @@ class Recorder:
     if self._primary:
       self._written = remove_later_points(self._workdir, self._step)
       try:
-        with _storage(self._workdir):
+        with workdirs.writing(self._workdir):
           self._sinks.append(sinks.JsonLines(self._workdir))
           if self._config.log.tensorboard:
             self._sinks.append(sinks.TensorBoard(self._workdir, self._step))
@@ -179,13 +173,13 @@ class Recorder:
     if (step, split) in self._written:
       return
     self._written.add((step, split))
-    with _storage(self._workdir):
+    with workdirs.writing(self._workdir):
       for sink in self._sinks:
         sink.append(step, epoch, split, values, timing or {})
 
   def sync(self) -> None:
     """Puts all points on the disk. Call it before saving a checkpoint, whose record must not lose points."""
-    with _storage(self._workdir):
+    with workdirs.writing(self._workdir):
       for sink in self._sinks:
         sink.sync()
 
@@ -195,7 +189,7 @@ class Recorder:
     Args:
       complete: whether the run ended as planned; trackers show it.
     """
-    with _storage(self._workdir), contextlib.ExitStack() as stack:
+    with workdirs.writing(self._workdir), contextlib.ExitStack() as stack:
       while self._sinks:
         stack.callback(self._sinks.pop().close, complete)
 
@@ -216,7 +210,7 @@ def remove_later_points(workdir: str | os.PathLike, step: int) -> set[tuple[int,
   Raises:
     UsageError: a file cannot be read or written.
   """
-  with _storage(Path(workdir)):
+  with workdirs.writing(Path(workdir)):
     _remove_later_lines(Path(workdir) / 'timing.jsonl', step)
     return _remove_later_lines(Path(workdir) / 'metrics.jsonl', step)
 
@@ -260,44 +254,34 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   Raises:
     UsageError: the file cannot be written.
   """
-  with _storage(Path(path)):
+  with workdirs.writing(Path(path)):
     files.write_atomically(path, json.dumps(files.plain(value), indent=2, sort_keys=True) + '\n')
-
-
-@contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise UsageError(f'cannot write to {path}: {error.strerror}; correct that or use another --workdir.') from error
-
-
-def _open_lock(path: Path) -> int:
-  """Opens the lock file for reading and writing; never a link, which could make this process truncate any file."""
-  try:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-  except OSError as error:
-    if error.errno == errno.ELOOP:
-      raise UsageError(f'{path} is a link; remove it or use another --workdir.') from error
-    raise
-  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-    os.close(descriptor)
-    raise UsageError(f'{path} is not a regular file; remove it or use another --workdir.')
-  return descriptor
 
 
 def _read_config(workdir: str | os.PathLike) -> ConfigDict | None:
   """The recorded config, complete and checked; None if there is none."""
   path = Path(workdir) / 'config.json'
   values = files.read_json(path)
-  if values is None:
-    return None
+  return None if values is None else _make_config(values, path)
+
+
+def _make_config(values: Mapping[str, Any], path: Path) -> ConfigDict:
+  """A checked config from recorded values; the path is for messages."""
   try:
     config = config_lib.from_record(values)
     config_lib.check(config)
   except (UsageError, AttributeError, TypeError, ValueError) as error:  # ml_collections raises those for hostile names
-    raise UsageError(f'{path}: {" ".join(str(error).split())}{_writer(workdir)}') from error
+    raise UsageError(f'{path}: {" ".join(str(error).split())[:_MAX_REASON]}{_writer(path.parent)}') from error
   return config
+
+
+def _differences(recorded: ConfigDict, config: ConfigDict) -> Iterator[tuple[str, Any, Any]]:
+  """The fields that differ and are not free, with the recorded value and the value now."""
+  before, now = (dict(config_lib.leaves(files.plain(made.to_dict()))) for made in (recorded, config))
+  for field in sorted({*before, *now}):
+    old, new = before.get(field, 'missing'), now.get(field, 'missing')
+    if old != new and field not in _FREE and field.split('.')[0] not in _FREE:
+      yield field, old, new
 
 
 def _writer(workdir: str | os.PathLike) -> str:
@@ -319,8 +303,7 @@ def _remove_later_lines(path: Path, step: int) -> set[tuple[int, str]]:
 
 def _read_lines(path: Path) -> list[bytes]:
   try:
-    with files.open_regular(path) as file:
-      return file.readlines()
+    return io.BytesIO(files.read_limited(path, _MAX_LOG_BYTES)).readlines()
   except FileNotFoundError:
     return []
 

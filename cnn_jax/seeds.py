@@ -1,16 +1,22 @@
 """Several seeds of one config: each an ordinary run, and the mean and standard deviation of all."""
 
 import contextlib
+import functools
+import hashlib
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from cnn_jax import Diverged, Stopped, command, distribute, record, train
-from cnn_jax.data import Dataset
+from cnn_jax import Diverged, Stopped, checkpoint, command, distribute, files, peers, record, train, workdirs
+from cnn_jax import config as config_lib
+from cnn_jax.data import Dataset, identity
 from cnn_jax.tables import format_mean_std
 
 
@@ -21,13 +27,43 @@ def train_one(config: Any, dataset: Dataset, workdir: str | os.PathLike, **optio
     config, dataset, workdir, options: see `train.train`.
   """
   result = train.train(config, dataset, workdir, **options)
+  if config.adapt_to_data:
+    adapted, _ = config_lib.adapt(config, len(dataset.train))
+    result |= {'batch_size': adapted.batch_size, 'learning_rate': adapted.optimizer.learning_rate}
   if distribute.is_primary():
     record.write_result(workdir, result)
-    if config.log.report and options['evaluate_test'] and jax.process_count() == 1:
-      from cnn_jax.report import write_report  # matplotlib and jinja2, which training does not need
-
-      write_report(workdir, dataset)
+  finish(config, workdir, lambda: dataset)
   return result
+
+
+def finish(config: Any, workdir: str | os.PathLike, load: Callable[[], Dataset]) -> None:
+  """Does what is left to do for a run, or runs of several seeds, that have a result: also after an interruption.
+
+  Writes the report of each that wants one and has none. If that fails, one line says so, and the result stays.
+
+  Args:
+    config: of the run.
+    workdir: locked by this process.
+    load: returns the data set.
+  """
+  if not distribute.is_primary():
+    return
+  if config.seeds > 1:
+    for seed in range(config.seed, config.seed + config.seeds):
+      finish(_one(config, seed), workdirs.seed_workdir(workdir, seed), load)
+    return
+  with contextlib.suppress(OSError):
+    checkpoint.clean(Path(workdir) / 'checkpoints')
+  if 'test_accuracy' not in (record.read_result(workdir) or {}) or jax.process_count() > 1:
+    return
+  if config.log.report and not (Path(workdir) / 'report.html').exists():
+    from cnn_jax.report import write_report  # matplotlib and jinja2, which training does not need
+
+    try:
+      write_report(workdir, load())
+    except Exception as error:
+      reason = ' '.join(str(error).split()) or type(error).__name__
+      print(f'warning: no report was written, the same command tries again: {reason}', file=sys.stderr)
 
 
 def train_seeds(config: Any, dataset: Dataset, workdir: str | os.PathLike, **options: Any) -> dict[str, Any]:
@@ -47,17 +83,16 @@ def train_seeds(config: Any, dataset: Dataset, workdir: str | os.PathLike, **opt
   # One handler for all: a signal between two seeds, or during the test of one, stops as well.
   with command.stop_signal() as stopping:
     for i, seed in enumerate(range(config.seed, config.seed + config.seeds)):
-      if stopping():
+      stop = distribute.largest(np.array([float(stopping())]))
+      if stop[0]:
         raise Stopped(f'Stopped after {i} of {config.seeds} seeds; the same command continues from there.')
-      one = type(config)(config.to_dict() | {'seed': seed, 'seeds': 1}).lock()
-      place = record.seed_workdir(workdir, seed)
-      with record.lock(place) if primary else contextlib.nullcontext():
-        record.check_config(place, one)
-        result = record.read_result(place)
+      one = _one(config, seed)
+      place = workdirs.seed_workdir(workdir, seed)
+      with workdirs.lock(place) if primary else contextlib.nullcontext():
+        result = peers.first(functools.partial(begin, one, place))
         if result is None:
           if primary:
-            record.write_config(place, one)
-            record.write_environment(place)
+            write_start(one, place)
           distribute.say(f'Seed {seed}, {i + 1} of {config.seeds}:')
           try:
             result = train_one(one, dataset, place, stopping=stopping, **options)
@@ -71,6 +106,67 @@ def train_seeds(config: Any, dataset: Dataset, workdir: str | os.PathLike, **opt
   return result
 
 
+def begin(config: Any, workdir: str | os.PathLike) -> dict[str, Any] | None:
+  """Checks that a run can begin or continue in a workdir; returns its result if it is complete.
+
+  A run with a constant schedule that has a result for fewer epochs is not complete: it continues.
+
+  Args:
+    config: of the run.
+    workdir: of the run; may not exist yet.
+
+  Raises:
+    UsageError: see `record.check_config`.
+  """
+  record.check_config(workdir, config)
+  result = record.read_result(workdir)
+  if result is None or config_lib.num_epochs(config, result['num_train']) > result['epochs']:
+    return None
+  return result
+
+
+def write_start(config: Any, workdir: str | os.PathLike) -> None:
+  """Records the config and the machine of a start, and prints a line if the run was started on another machine."""
+  earlier = files.read_json(Path(workdir) / 'environment.json')
+  record.write_config(workdir, config)
+  record.write_environment(workdir)
+  now = files.read_json(Path(workdir) / 'environment.json')
+  continued = any((Path(workdir) / 'checkpoints').glob('[0-9]*'))
+  if continued and earlier and now and (changes := _changes(earlier, now)):
+    distribute.say(f'This run was started with {changes}: its numbers will differ slightly from one without a pause.')
+
+
+def facts(config: Any, dataset: Dataset) -> dict[str, Any]:
+  """What all processes of a run must have in common: the config but for the record, and the data.
+
+  Args:
+    config: of the run.
+    dataset: that this process has found.
+  """
+  fields = dict(config_lib.leaves(files.plain(config.to_dict())))
+  free = ('log.', 'checkpoint.', 'data.dir', 'data.table')  # a file may have another name on another machine
+  found = {f'config.{name}': value for name, value in fields.items() if not name.startswith(free)}
+  identified = identity.identify(dataset)
+  for name, classes in identified['splits'].items():
+    digest = hashlib.sha256(repr(classes).encode()).hexdigest()[:12]
+    found[f'the {name} split'] = f'{len(getattr(dataset, name))} images, identity {digest}'
+  return found | {'the image shape': identified['image_shape'], 'the list of classes': identified['class_names']}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+  """The facts of environment.json that decide how sums are rounded, if they differ."""
+  found = []
+  for name in ('jax', 'jaxlib', 'backend', 'device_kind', 'cpu', 'cpu_cores', 'num_devices', 'num_processes'):
+    old, new = (facts.get(name, (facts.get('versions') or {}).get(name)) for facts in (before, now))
+    if None not in (old, new) and old != new:
+      found.append(f'{name} {old} and continues with {new}')
+  return ', '.join(found)
+
+
+def _one(config: Any, seed: int) -> Any:
+  return type(config)(config.to_dict() | {'seed': seed, 'seeds': 1}).lock()
+
+
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The result of several runs that differ in nothing but the seed.
 
@@ -82,8 +178,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     each measure, such as `test_accuracy`, an object of `mean`, `std` (of the sample: n - 1), `n` and `values`, in
     the order of `seeds`. Mean and std are None if a value is None or not finite.
   """
-  shared = ('dataset', 'provenance', 'num_train', 'num_validation', 'num_test', 'num_parameters', 'epochs', 'steps')
-  summary: dict[str, Any] = {name: results[0][name] for name in shared}
+  shared = ['dataset', 'provenance', 'data_sha256', 'num_train', 'num_validation', 'num_test', 'num_parameters']
+  shared += ['epochs', 'steps', *({'batch_size', 'learning_rate'} & results[0].keys())]  # the last of an adapted config
+  summary: dict[str, Any] = {name: results[0].get(name) for name in shared}
   summary |= {'n': len(results), 'seeds': [result['seed'] for result in results]}
   for name in results[0].keys() - {*shared, 'seed'}:
     values = [result[name] for result in results]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import UsageError, files
+from cnn_jax import UsageError, files, passwords
 
 Numbers = Mapping[str, Any]
 
@@ -69,8 +69,7 @@ class TensorBoard:
     name = f'events.out.tfevents.{now // 10**9}.{platform.node()}.{now % 10**9:09}'
     self._file = (Path(workdir) / name).open('xb')
     self._write(file_version='brain.Event:2')
-    if step:
-      self._write(step=step + 1, session_log={'status': 'START'})
+    self._write(step=step + 1, session_log={'status': 'START'})
 
   def append(self, step: int, epoch: float, split: str, values: Numbers, timing: Numbers) -> None:
     del epoch
@@ -275,4 +274,4 @@ def _tagged(split: str, values: Numbers, timing: Numbers) -> dict[str, float]:
 
 
 def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), type(error).__name__)
+  return passwords.mask(next(iter(str(error).splitlines()), type(error).__name__))

@@ -17,16 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax import lax
 
-from cnn_jax import Stopped, UsageError, checkpoint, command, distribute, evaluate, metrics, models, weights
+from cnn_jax import (
+  Stopped,
+  checkpoint,
+  command,
+  distribute,
+  evaluate,
+  files,
+  metrics,
+  models,
+  peers,
+  saving,
+  weights,
+)
 from cnn_jax import config as config_lib
-from cnn_jax.data import Dataset, augment, drawings, feed
+from cnn_jax.data import Dataset, augment, drawings, feed, identity
 from cnn_jax.optim import average, make_optimizer, make_schedule
 from cnn_jax.progress import Pace, Progress
-from cnn_jax.record import Recorder
+from cnn_jax.record import Recorder, check_saved_config
 from cnn_jax.run import load_run
+from cnn_jax.signals import Stopping
+from cnn_jax.state import TrainState, create_state, eval_variables
 
 # Purposes of randomness, folded into the key of the seed. Keys are derived, never stored.
 INIT, AUGMENT, DROPOUT = range(3)
@@ -34,16 +47,6 @@ INIT, AUGMENT, DROPOUT = range(3)
 STEP_METRICS = ('loss', 'accuracy', 'count', 'learning_rate', 'gradient_norm', 'parameter_norm', 'update_norm')
 
 MAX_STEPS_PER_CALL = 1024  # fewer if they take longer than `Pace` allows
-
-
-class TrainState(struct.PyTreeNode):
-  """All that changes from step to step, and all that a checkpoint needs."""
-
-  step: jax.Array  # int32 scalar: updates made so far
-  params: Any
-  batch_stats: Any  # running statistics of batch norm; {} without it
-  opt_state: Any
-  ema: Any  # averages of {'params', 'batch_stats'} for evaluation; {} if off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,18 +99,6 @@ def setup(
   state = create_state(models.init(model, key, image_shape), tx, config.evaluation.ema_decay)
   capacity, train_steps = min(max_steps, steps_per_epoch), compile_steps(step, config.seed)
   return Setup(model, tx, steps_per_epoch, epochs, total_steps, capacity, state, step, train_steps)
-
-
-def create_state(variables: dict[str, Any], tx: optax.GradientTransformation, ema_decay: float) -> TrainState:
-  """The state before the first step, from `{'params', 'batch_stats'}`; with averages unless `ema_decay` is 0."""
-  # Copies: a donated buffer must not be in the state twice.
-  ema = jax.tree.map(jnp.array, variables) if ema_decay else {}
-  return TrainState(jnp.int32(0), variables['params'], variables['batch_stats'], tx.init(variables['params']), ema)
-
-
-def eval_variables(state: TrainState) -> dict[str, Any]:
-  """The variables that evaluation uses: the averages if they are kept, otherwise the newest."""
-  return state.ema or {'params': state.params, 'batch_stats': state.batch_stats}
 
 
 def train_step(
@@ -236,7 +227,7 @@ def train(
   evaluate_test: bool = True,
   on_validation: Callable[[int, dict[str, float]], None] | None = None,
   profile: bool = False,
-  stopping: Callable[[], bool] | None = None,
+  stopping: Stopping | None = None,
 ) -> dict[str, Any]:
   """Trains until the last epoch, from the newest checkpoint if there is one.
 
@@ -255,21 +246,29 @@ def train(
     The part of `result.json` about training, and about the test split, which is evaluated once, at the end.
 
   Raises:
-    Diverged: the loss is not finite.
+    Diverged: a loss or a norm is not finite; the state is not saved.
     Stopped: SIGTERM or Ctrl-C, after saving.
     UsageError: the workdir holds a run on other data, or only damaged checkpoints.
   """
+  asked, config = config, config_lib.adapt(config, len(dataset.train))[0]
   made = setup(config, len(dataset.train), len(dataset.class_names), tuple(dataset.train.images.shape[1:]))
   steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
   checkpoints = os.path.join(workdir, 'checkpoints')
-  state, step, info = _restore(checkpoints, made.state, made.tx, dataset, config)
+  saver = saving.Saver(checkpoints, config.checkpoint)
+  primary = distribute.is_primary()
+  # Process 0 alone reads checkpoints, because the others may not find them.
+  state, step, info = _restore(checkpoints, made.state, made.tx, dataset, asked) if primary else (made.state, 0, {})
+  step, info = peers.first(lambda: (step, info))
   if step:
     distribute.say(f'Resuming at step {step:,} of {total_steps:,}.')
-  state = distribute.replicate(state)
+  elif primary:
+    identity.write_record(workdir, dataset)
+  state = distribute.replicate(distribute.from_first(state))
   examples = feed.Resident(dataset.train, config.batch_size, config.seed, made.capacity)
   evaluate_split = partial(evaluate.evaluate_split, made.model, batch_size=config.evaluation.batch_size)
+  validation_epochs = saving.epochs_between_validations(config.evaluation, steps_per_epoch)
   windows = metrics.Windows(config.log.every_steps, steps_per_epoch, info.pop('window', None))
-  pace, primary = Pace(made.capacity), distribute.is_primary()
+  pace = Pace(made.capacity)
 
   with (
     command.stop_signal() if stopping is None else contextlib.nullcontext(stopping) as stopping,
@@ -277,8 +276,9 @@ def train(
     Progress(total_steps, made.epochs, stream=None if primary else io.StringIO()) as progress,
   ):
     # A call of no steps compiles, so that the clock of training counts training alone.
-    state, _ = made.train_steps(state, examples.images, examples.labels, examples.indices(0, 0, 0), np.int32(0))
-    saved = time.perf_counter()
+    compiling = partial(progress.compiling, hurry=stopping.nothing_to_save)
+    with compiling('Compiling the training steps'):
+      state, _ = made.train_steps(state, examples.images, examples.labels, examples.indices(0, 0, 0), np.int32(0))
     while step < total_steps:
       # 1. The next examples.
       epoch, offset = divmod(step, steps_per_epoch)
@@ -289,12 +289,13 @@ def train(
       # 2. The steps.
       started = time.perf_counter()
       traced = profile and (count >= 8 or step + count == total_steps)
-      with jax.profiler.trace(str(workdir)) if traced else contextlib.nullcontext():
+      with jax.profiler.trace(str(workdir)) if traced else contextlib.nullcontext(), compiling('Taking the first step'):
         state, measured = made.train_steps(state, examples.images, examples.labels, indices, np.int32(count))
         jax.block_until_ready(measured)
       measured = {name: np.asarray(values)[:count] for name, values in measured.items()}
       seconds, profile = time.perf_counter() - waiting, profile and not traced
-      metrics.check_finite(measured['loss'], step)
+      metrics.check_steps(measured, step)
+      info = saving.without_score(info)
       info['train_seconds'] += seconds
       info['trained_images'] += count * config.batch_size
 
@@ -308,57 +309,54 @@ def train(
 
       # 4. Validation, of the state after the step.
       last, epoch_ends, validated = step == total_steps, step % steps_per_epoch == 0, None
-      if epoch_ends and len(dataset.validation) and ((epoch + 1) % config.evaluation.every_epochs == 0 or last):
+      if epoch_ends and len(dataset.validation) and ((epoch + 1) % validation_epochs == 0 or last):
         started = time.perf_counter()
-        validated = evaluate_split(eval_variables(state), dataset.validation)
+        with compiling('Compiling the evaluation'):
+          validated = evaluate_split(eval_variables(state), dataset.validation)
+        info = saving.with_score(info, validated, step)
         recorder.append(step, epoch + 1, 'validation', validated, {'seconds': time.perf_counter() - started})
-        found = {f'validation_{name}': value for name, value in validated.items()}
-        info, shown = info | found, shown | found
+        shown |= {f'validation_{name}': value for name, value in validated.items()}
       progress.update(step, epoch + 1, shown, images_per_second)
       if on_validation and validated is not None:
         on_validation(epoch + 1, validated)
 
       # 5. The checkpoint. All processes stop at the same step, and take as many steps in the next call.
-      slowest, stop = distribute.largest(np.array([seconds, float(stopping())]))
+      wanted = primary and saver.wanted(step, epoch + 1 if epoch_ends else None, info)
+      slowest, stop, wanted = distribute.largest(np.array([seconds, float(stopping()), float(wanted)]))
       pace.update(count, float(slowest))
-      due = epoch_ends and (epoch + 1) % config.checkpoint.every_epochs == 0
-      late = time.perf_counter() - saved > 60 * config.checkpoint.every_minutes
-      if due or late or last or stop:
+      if wanted or last or stop:
+        if validated is None and not stop:
+          saving.check_score('training', evaluate_split(eval_variables(state), saving.sample(config, dataset)), step)
         if primary:
           recorder.sync()
-          info['window'] = windows.pending
-          checkpoint.save(checkpoints, step, jax.device_get(state), info=info, keep=config.checkpoint.keep)
-        saved = time.perf_counter()
+        saver.save(step, state, info | {'window': windows.pending})
       if stop and not last:
         raise Stopped(f'Stopped and saved at step {step:,} of {total_steps:,}; the same command continues from there.')
 
   tested = evaluate_split(eval_variables(state), dataset.test) if evaluate_test else {}
-  return {
-    'dataset': dataset.name,
-    'provenance': dataset.provenance,
-    **{f'num_{name}': len(getattr(dataset, name)) for name in ('train', 'validation', 'test')},
-    'num_parameters': models.num_parameters(state.params),
-    'epochs': made.epochs,
-    'steps': total_steps,
-    'seed': config.seed,
-    'train_seconds': info['train_seconds'],
-    'images_per_second': info['trained_images'] / info['train_seconds'],
-    **{name: value for name, value in info.items() if name.startswith('validation_')},
-    **{f'test_{name}': value for name, value in tested.items()},
-  }
+  return saving.result(config, dataset, made, models.num_parameters(state.params), info, tested)
 
 
 def _restore(
   checkpoints: str, state: TrainState, tx: optax.GradientTransformation, dataset: Dataset, config: Any
 ) -> tuple[TrainState, int, dict[str, Any]]:
   """The newest checkpoint's state, step and notes, or the given state and the first notes."""
-  restored = checkpoint.restore(checkpoints, state)
+
+  def check(info, _):
+    workdir = os.path.dirname(checkpoints)
+    check_saved_config(workdir, info.get('config'), config)
+    identity.check(info, dataset, workdir)
+
+  restored = checkpoint.restore(checkpoints, state, check=check)
+  identities = {'data': identity.identify(dataset), 'config': files.plain(config.to_dict())}
   if restored is None:
     info = {
+      **identities,
       'dataset': dataset.name,
       'class_names': list(dataset.class_names),
       'image_shape': list(dataset.train.images.shape[1:]),
       'drawing': drawings.measure(dataset.train.images),
+      'bit_depth': dataset.bit_depth,
       'train_seconds': 0.0,  # of the calls that trained, without compilation, validation and saving
       'trained_images': 0,
     }
@@ -368,9 +366,4 @@ def _restore(
       state = create_state(variables, tx, config.evaluation.ema_decay)
     return state, 0, info
   state, step, info = restored
-  if info['dataset'] != dataset.name:
-    raise UsageError(
-      f'this run was started on "{info["dataset"]}", but its config finds "{dataset.name}" now; '
-      'set TFDS_DATA_DIR as it was, or use another --workdir.'
-    )
-  return state, step, {'trained_images': info.pop('timed_images', 0)} | info  # its name in version 0.1
+  return state, step, {**identities, 'trained_images': info.pop('timed_images', 0)} | info  # its name in version 0.1

@@ -25,7 +25,7 @@ def graft(run: Run, variables: dict[str, Any], class_names: Sequence[str]) -> di
     Variables of the same shapes, in new buffers.
 
   Raises:
-    UsageError: the networks differ in more than that; lists what is missing and what has another shape.
+    UsageError: the networks differ in more than that; lists what is missing, left over, or has another shape.
   """
   same_classes = tuple(class_names) == run.class_names
   problems = []
@@ -48,6 +48,11 @@ def graft(run: Run, variables: dict[str, Any], class_names: Sequence[str]) -> di
     return jnp.array(trained)  # a copy: donated buffers must not be shared
 
   grafted = jax.tree_util.tree_map_with_path(transfer, variables)
+  there, here = (
+    {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in (run.variables, variables)
+  )
+  problems += [f'it has {"/".join(names)}, which is left over' for names in sorted(there - here) if names[1] != 'head']
   if problems:
     others = f', and {len(problems) - 3} more' if len(problems) > 3 else ''
     raise UsageError(

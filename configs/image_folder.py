@@ -1,4 +1,6 @@
-"""Image files in folders: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*, split by a seeded hash.
+"""Image files in folders: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*, split by class and a seeded hash.
+
+Other spellings of the splits, labels in a table and small sets: docs/folders.md.
 
 python -m cnn_jax.main --config=configs/image_folder.py --config.data.dir=DIR
     373,834 parameters for ten classes. Images of any size and format are cropped to squares of `data.image_size`
@@ -15,6 +17,7 @@ def get_config():
   config.data.channels = 3
   config.epochs = 10
   config.min_steps = 1000
+  config.adapt_to_data = True
   config.model.features = (64, 128, 256)
   config.augment.flip = True
   config.augment.shift = 4

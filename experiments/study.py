@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn_jax import UsageError, command, record
+from cnn_jax import UsageError, command, record, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, Split
 from cnn_jax.main import train_and_evaluate
@@ -80,13 +80,13 @@ def train(
 
   Args:
     config: its `seed` is replaced.
-    workdir: of all seeds; `record.seed_workdir` gives the place of this one.
+    workdir: of all seeds; `workdirs.seed_workdir` gives the place of this one.
     seed: of the run.
     dataset: to train on.
     evaluate_test: whether to evaluate the test split. Pass False when comparing runs, so that selection never sees it.
   """
   config = config_lib.vary(config, {'seed': seed, 'log.report': False, 'log.tensorboard': False})
-  return train_and_evaluate(config, record.seed_workdir(workdir, seed), dataset=dataset, evaluate_test=evaluate_test)
+  return train_and_evaluate(config, workdirs.seed_workdir(workdir, seed), dataset=dataset, evaluate_test=evaluate_test)
 
 
 def train_seeds(

@@ -93,6 +93,9 @@ class ThreadWorker:
     self.connection.close()
     self._thread.join(60)
 
+  def processor_seconds(self):
+    return time.monotonic()
+
   def stop(self):
     raise AssertionError('a thread cannot be stopped')
 

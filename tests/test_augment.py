@@ -140,6 +140,15 @@ def test_warp_that_only_shifts_moves_whole_pixels():
   np.testing.assert_allclose(warp_one(image, shift=(1, -2), padding='reflect'), expected, atol=1e-3)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(('height', 'width', 'channels'), [(4200, 4200, 1), (5, 4_000_000, 3)])
+def test_warp_of_a_very_large_image_takes_the_right_pixels(height, width, channels):
+  """float32 does not hold an index above 2^24, nor int32 one above 2^31 into a whole batch."""
+  image = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+  moved = np.asarray(warp_one(image, shift=(0, 3)))
+  assert (moved[:, 3:] == image[:, :-3]).all()
+
+
 def test_warp_interpolates_linearly_between_pixels():
   # Enlarged twice about the centre 3, the row 0 10 ... 60 is read at 1.5, 2, 2.5, 3, 3.5, 4, 4.5.
   image = np.tile(np.arange(0, 70, 10, dtype=np.uint8)[None, :, None], (7, 1, 1))

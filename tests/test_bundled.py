@@ -74,3 +74,9 @@ def test_an_empty_validation_split_is_allowed_but_an_empty_test_split_is_not():
 def test_a_set_that_is_not_bundled_is_an_error():
   with pytest.raises(UsageError, match='cifar10.* not bundled; choose mnist or digits'):
     load_dataset(settings('bundled', name='cifar10'))
+
+
+@pytest.mark.parametrize('fields', [{'source': 'bundled'}, {'source': 'auto', 'name': 'digits'}])
+def test_a_directory_is_not_ignored(tmp_path, fields):
+  with pytest.raises(UsageError, match=r'config.data.dir is .*leave it empty, or set config.data.source=folder'):
+    load_dataset(settings(fields.pop('source'), dir=str(tmp_path), **fields))

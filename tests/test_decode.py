@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures('offline')
 def cached(tmp_path, monkeypatch):
   """Loads a folder and counts the images decoded; every decoded copy is kept."""
   calls = []
-  load_image = images.load_image
-  monkeypatch.setattr(images, 'load_image', lambda *a, **k: (calls.append(1), load_image(*a, **k))[1])
+  read_image = images.read_image
+  monkeypatch.setattr(images, 'read_image', lambda *a, **k: (calls.append(1), read_image(*a, **k))[1])
   monkeypatch.setattr(decode, 'MIN_CACHED_SECONDS', -1)
 
   def load(**fields):
@@ -50,12 +50,12 @@ def test_a_changed_file_is_decoded_again(cached, tmp_path):
 
 def test_a_damaged_copy_is_decoded_again(cached, tmp_path):
   cached()
-  (file,) = (tmp_path / 'cache' / 'cnn_jax').iterdir()
+  (file,) = (tmp_path / 'cache' / 'cnn_jax').glob('decoded-*')
   assert file.stat().st_mode & 0o077 == 0  # the images may be private
   whole = file.read_bytes()
   damaged = bytearray(whole)
   damaged[len(whole) // 2] ^= 1
-  for content in (b'', b'not a zip', whole[:-100], bytes(damaged)):
+  for content in (b'', b'not a copy', whole[:-100], bytes(damaged)):
     file.write_bytes(content)
     _, calls = cached()
     assert calls == 41

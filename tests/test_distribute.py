@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax import UsageError, distribute
+from cnn_jax import UsageError, distribute, peers
 
 CLUSTER = ('SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_WORKER_HOSTNAMES')
 
@@ -13,7 +13,8 @@ CLUSTER = ('SLURM_STEP_NUM_TASKS', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'TPU_
 def joined(monkeypatch):
   """What JAX is asked to join, outside any cluster."""
   calls = []
-  monkeypatch.setattr(jax.distributed, 'initialize', lambda *arguments: calls.append(arguments))
+  monkeypatch.setattr(jax.distributed, 'initialize', lambda *arguments, **_: calls.append(arguments))
+  monkeypatch.setattr(peers, 'connect', lambda initialize, *_: initialize())
   for variable in CLUSTER:
     monkeypatch.delenv(variable, raising=False)
   return calls

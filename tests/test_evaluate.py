@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -155,20 +157,30 @@ def test_a_folder_may_lack_classes_but_not_have_others(pictures, run, tmp_path):
     load_folder(tmp_path, run)
   (tmp_path / '7').symlink_to(pictures / '7')
   (tmp_path / '2').mkdir()
-  split = load_folder(tmp_path, run)
+  (tmp_path / 'notes').mkdir()
+  folder = load_folder(tmp_path, run)
+  split = folder.split
   assert set(split.labels) == {7}
   assert split.names[0].startswith('7/')
   assert split.images.shape == (len(split), 8, 8, 1)
   np.testing.assert_array_equal(split.images[0], split.images[:1][0])
   np.testing.assert_array_equal(split.images[np.array([1, 0])][1], split.images[0])
-  (tmp_path / 'cat').mkdir()
+  assert folder.bad == {}
+  assert [note.split()[0] for note in folder.notes] == [str(tmp_path / '2'), str(tmp_path / 'notes')]
+  (tmp_path / 'notes').rename(tmp_path / 'cat')
+  (tmp_path / 'cat' / 'x.png').touch()
   with pytest.raises(UsageError, match='cat does not match any class of this run'):
+    load_folder(tmp_path, run)
+  (tmp_path / 'cat').rename(tmp_path / ' 7')
+  with pytest.raises(UsageError, match="rename ' 7' to '7'"):
+    load_folder(tmp_path, run)
+  (tmp_path / ' 7').rename(tmp_path / 'test')
+  with pytest.raises(UsageError, match=r'if it is a split, give it as the folder: .*/test'):
     load_folder(tmp_path, run)
 
 
 def test_impossible_options_are_refused_in_one_line(digits_run, pictures, tmp_path):
   for arguments, reason in {
-    ('--split=test', f'--data_dir={pictures}'): 'exclude each other',
     ('--split=validation', '--calibrate'): 'fits on the validation split',
     ('--top_k=0',): '--top_k is 0',
   }.items():
@@ -176,5 +188,21 @@ def test_impossible_options_are_refused_in_one_line(digits_run, pictures, tmp_pa
       evaluate.main([f'--workdir={digits_run}', *arguments])
   (tmp_path / '3').mkdir()
   (tmp_path / '3' / 'x.png').write_text('no image')
-  with pytest.raises(UsageError, match=r'x\.png is not an image'):
+  with pytest.raises(UsageError, match=r'no image of .* can be read; the first: .*x\.png is a text file'):
     evaluate.main([f'--workdir={digits_run}', f'--data_dir={tmp_path}'])
+
+
+def test_images_of_a_folder_that_cannot_be_read_are_left_out(digits_run, run, dataset, pictures, tmp_path):
+  shutil.copytree(pictures, tmp_path / 'some')
+  (tmp_path / 'some' / '3' / 'a.png').write_text('no image')
+  os.mkfifo(tmp_path / 'some' / '8' / 'pipe.png')
+  done = call_command('cnn_jax.evaluate', f'--workdir={digits_run}', f'--data_dir={tmp_path / "some"}')
+  assert done.returncode == 2
+  found = json.loads(done.stdout)
+  assert found['n'] == 64
+  logits = _logits(run, dataset.test.images[:64])
+  assert found['accuracy'] == np.mean(np.argmax(logits, axis=1) == dataset.test.labels[:64])
+  first, second, last = done.stderr.splitlines()
+  assert 'a.png is a text file' in first
+  assert 'pipe.png is a pipe, not a file' in second
+  assert last == 'error: 2 of 66 images could not be read; see above.'

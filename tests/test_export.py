@@ -1,6 +1,7 @@
 """Export: the files compute what the run computes, for any network."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -162,10 +163,11 @@ def test_a_stablehlo_file_is_an_archive_of_a_description_and_a_program(stablehlo
     assert archive.namelist() == ['model.json', 'program.bin']
     assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
     about = json.loads(archive.read('model.json'))
-    program = jax.export.deserialize(bytearray(archive.read('program.bin')))
+    contents = archive.read('program.bin')
+    program = jax.export.deserialize(bytearray(contents))
   assert about == {
     'format': 1, 'class_names': list(_NAMES), 'image_shape': list(_SHAPE), 'dataset': 'noise', 'step': 3,
-    'jax': jax.__version__,
+    'resize': 'crop', 'drawing': None, 'sha256': hashlib.sha256(contents).hexdigest(), 'jax': jax.__version__,
   }  # fmt: skip
   assert program.platforms == ('cpu', 'cuda', 'tpu')
   (images,), (probabilities,) = program.in_avals, program.out_avals
@@ -213,7 +215,10 @@ def test_an_onnx_file_describes_itself(onnx):
   assert (images.name, images.type, images.shape) == ('images', 'tensor(uint8)', ['batch', *_SHAPE])
   assert (probabilities.type, probabilities.shape) == ('tensor(float)', ['batch', len(_NAMES)])
   about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-  assert about == {'class_names': list(_NAMES), 'image_shape': list(_SHAPE), 'dataset': 'noise', 'step': 3}
+  assert about == {
+    'class_names': list(_NAMES), 'image_shape': list(_SHAPE), 'dataset': 'noise', 'step': 3,
+    'resize': 'crop', 'drawing': None,
+  }  # fmt: skip
   proto = onnx.load_from_string(contents)
   assert proto.opset_import[0].version == 17 and proto.ir_version == 8
   # TensorRT allows uint8 as the input of a Cast alone.
@@ -283,6 +288,6 @@ def test_an_output_that_cannot_be_is_named_before_the_run_is_read(output, messag
 def test_a_failed_write_leaves_nothing_behind(monkeypatch, tmp_path):
   monkeypatch.setattr(run, 'load_run', lambda *_: _random_run())
   (tmp_path / 'model.stablehlo').mkdir()
-  with pytest.raises(UsageError, match='cannot be written'):
+  with pytest.raises(UsageError, match='it is there and is not a file'):
     export.main(['--workdir=run', f'--output={tmp_path}/model.stablehlo'])
   assert [path.name for path in tmp_path.iterdir()] == ['model.stablehlo']

@@ -150,11 +150,12 @@ def test_a_file_is_read_by_its_path_and_resized(tmp_path):
 def test_each_failure_names_the_file_and_the_reason(tmp_path):
   whole = encoded(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).getvalue()
   cases = {
-    'text.png': (b'not an image', 'known format'),
-    'empty.png': (b'', 'known format'),
+    'text.png': (b'not an image', 'is a text file'),
+    'empty.png': (b'', 'is empty'),
+    'noise.png': (bytes(range(255, 0, -1)), 'known format'),
     'half.png': (whole[: len(whole) // 2], 'cannot be read'),
     'damaged.png': (whole[:200] + bytes(50) + whole[250:], 'cannot be read'),
-    'page.eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'known format'),
+    'page.eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is a PostScript file'),
   }
   for name, (content, reason) in cases.items():
     (tmp_path / name).write_bytes(content)

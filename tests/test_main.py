@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax import evaluate, record
+from cnn_jax import evaluate, workdirs
 from cnn_jax.run import load_run, load_run_dataset
 from tests.helpers import ROOT, call_command, run_command
 
@@ -116,7 +116,15 @@ def test_a_mistake_is_reported_in_a_process_of_its_own_before_anything_slow():
 def test_help_names_every_flag():
   done = call_command('cnn_jax.main', '--help')
   assert done.returncode == 0
-  for flag in ('--config', '--workdir', '--profile', '--coordinator', '--num_processes', '--process_id'):
+  for flag in (
+    '--config',
+    '--workdir',
+    '--profile',
+    '--coordinator',
+    '--num_processes',
+    '--process_id',
+    '--heartbeat_seconds',
+  ):
     assert flag in done.stdout
 
 
@@ -186,7 +194,7 @@ def test_divergence_is_status_3(tmp_path):
     '--config.log.tensorboard=False', f'--workdir={tmp_path / "run"}',
   )  # fmt: skip
   assert done.returncode == 3, done.stderr
-  assert done.stderr.startswith('error: the loss of step')
+  assert done.stderr.startswith('error: the update norm of step 1 is inf')
   assert len(done.stderr.splitlines()) == 1
   assert not (tmp_path / 'run' / 'result.json').exists()
 
@@ -206,7 +214,7 @@ def test_evaluate_refuses_what_is_no_run(tmp_path, digits_run):
 
 def test_a_workdir_belongs_to_one_process(tmp_path, digits_run):
   workdir = tmp_path / 'run'
-  with record.lock(workdir):
+  with workdirs.lock(workdir):
     done = call_command('cnn_jax.main', DIGITS, f'--workdir={workdir}')
   assert done.returncode == 2
   assert 'in use by process' in done.stderr

@@ -53,10 +53,36 @@ def test_training_sums_compare_with_the_largest_label():
   assert {name: float(value) for name, value in sums.items()} == {'loss': 3.0, 'accuracy': 1.0, 'count': 2.0}
 
 
-def test_check_finite_names_the_step():
-  metrics.check_finite(np.array([1.0, 2.0]), first_step=0)
-  with pytest.raises(Diverged, match='the loss of step 1,002 is nan; lower config.optimizer.learning_rate'):
-    metrics.check_finite(np.array([1.0, np.nan, np.inf]), first_step=1000)
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('loss', np.nan, 'the loss of step 1,002 is nan; lower config.optimizer.learning_rate'),
+    ('loss', np.inf, 'the loss of step 1,002 is inf'),
+    ('update_norm', np.inf, 'the update norm of step 1,002 is inf'),
+    ('parameter_norm', np.nan, 'the parameter norm of step 1,002 is nan'),
+    ('update_norm', 2e7, 'the update norm of step 1,002 is 2e\\+07'),  # finite, but float32 cannot add one to it
+  ],
+)
+def test_divergence_names_the_step_and_what_diverged(name, value, message):
+  measured = {key: np.array([1.0, 2.0, 3.0], np.float32) for key in ('loss', 'update_norm', 'parameter_norm')}
+  metrics.check_steps(measured, first_step=1000)
+  measured[name][1:] = value
+  with pytest.raises(Diverged, match=message):
+    metrics.check_steps(measured, first_step=1000)
+
+
+def test_what_is_not_a_number_is_wrong():
+  logits = np.array([[np.nan] * 3, [0, np.nan, 1], [2, 1, 0]])
+  found = metrics.classification_metrics(logits, np.array([0, 2, 0]))
+  assert found['accuracy'] == found['top5_accuracy'] == pytest.approx(1 / 3)
+  assert metrics.top_k_accuracy(logits, np.array([0, 2, 0]), 1) == pytest.approx(1 / 3)
+
+
+def test_balanced_accuracy_is_the_mean_over_the_classes_that_occur():
+  logits = np.eye(4)[[0] * 100]
+  found = metrics.classification_metrics(logits, np.array([0] * 98 + [2, 2]))
+  assert found['accuracy'] == 0.98
+  assert found['balanced_accuracy'] == 0.5
 
 
 def test_windows_make_a_log_point_every_few_steps_and_at_the_end_of_an_epoch():

@@ -65,7 +65,7 @@ def test_a_bad_file_has_its_own_line_and_the_others_their_prediction(digits_run,
   assert done.returncode == command.USAGE
   assert [x['file'] for x in found] == [str(path) for path in paths]
   assert set(found[1]) == {'file', 'label', 'probability', 'top_k'}
-  for place, reason in {0: 'not an image', 2: 'no image', 3: 'does not exist', 4: 'a pipe'}.items():
+  for place, reason in {0: 'is a text file', 2: 'no image', 3: 'does not exist', 4: 'a pipe'}.items():
     assert set(found[place]) == {'file', 'error'}
     assert reason in found[place]['error']
   assert done.stderr == 'error: 4 of 5 files could not be classified; their lines give the reasons.\n'
@@ -85,7 +85,7 @@ def test_a_table_shows_names_safely(digits_run, held_out, tmp_path):
   assert [i for i, x in enumerate(vector) if x == '1'] == [int(label)]
   assert len(vector) == 10
   assert 'c\\r.png' in error
-  assert 'error: the file is not an image' in error
+  assert 'error: the file is a text file' in error
   assert not set('\x1b\u202e\r') & set(table)
 
 

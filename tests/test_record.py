@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 import cnn_jax
-from cnn_jax import UsageError, environment, record
+from cnn_jax import UsageError, environment, record, workdirs
 from cnn_jax import config as config_lib
 from tests.helpers import largest_file
 
 # --- the lock
 
 
-# What `record.lock` does, in a process that starts faster because it does not import the project.
+# What `workdirs.lock` does, in a process that starts faster because it does not import the project.
 OWNER = """
 import fcntl, os, sys, time
 file = open(sys.argv[1], 'w')
@@ -35,36 +35,36 @@ time.sleep(60)
 
 def test_a_workdir_has_one_owner_until_that_process_dies(tmp_path):
   workdir = tmp_path / 'runs' / 'a'
-  with record.lock(workdir):
+  with workdirs.lock(workdir):
     assert (workdir / '.lock').read_text() == f'{os.getpid()}\n'
   arguments = [sys.executable, '-c', OWNER, str(workdir / '.lock')]
   with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as owner:
     try:
       assert owner.stdout.readline() == 'held\n'
-      with pytest.raises(UsageError, match=f'{workdir} is in use by process {owner.pid}'), record.lock(workdir):
+      with pytest.raises(UsageError, match=f'{workdir} is in use by process {owner.pid}'), workdirs.lock(workdir):
         pass
       owner.send_signal(signal.SIGKILL)
       owner.wait(timeout=30)
-      with record.lock(workdir):
+      with workdirs.lock(workdir):
         assert (workdir / '.lock').read_text() == f'{os.getpid()}\n'
     finally:
       owner.kill()
 
 
 def test_the_lock_ends_with_its_context(tmp_path):
-  with record.lock(tmp_path), pytest.raises(UsageError, match='in use by process'), record.lock(tmp_path):
+  with workdirs.lock(tmp_path), pytest.raises(UsageError, match='in use by process'), workdirs.lock(tmp_path):
     pass
-  with pytest.raises(ZeroDivisionError), record.lock(tmp_path):
+  with pytest.raises(ZeroDivisionError), workdirs.lock(tmp_path):
     raise ZeroDivisionError
-  with record.lock(tmp_path):
+  with workdirs.lock(tmp_path):
     pass
 
 
 @pytest.mark.parametrize('owner', ['', 'x', '9' * 50, '\udcff', '1\n2'])
 def test_an_unreadable_owner_is_another_process(tmp_path, owner):
-  with record.lock(tmp_path):
+  with workdirs.lock(tmp_path):
     (tmp_path / '.lock').write_text(owner, errors='surrogateescape')
-    with pytest.raises(UsageError, match='is in use by another process'), record.lock(tmp_path):
+    with pytest.raises(UsageError, match='is in use by another process'), workdirs.lock(tmp_path):
       pass
 
 
@@ -79,7 +79,7 @@ def test_a_planted_lock_is_refused_and_its_target_unharmed(tmp_path):
     workdir = tmp_path / plant.__name__
     workdir.mkdir()
     plant(workdir / '.lock')
-    with pytest.raises(UsageError, match=message), record.lock(workdir):
+    with pytest.raises(UsageError, match=message), workdirs.lock(workdir):
       pass
   assert victim.read_text() == 'precious'
 
@@ -87,7 +87,7 @@ def test_a_planted_lock_is_refused_and_its_target_unharmed(tmp_path):
 def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
   for workdir in (tmp_path / 'file', tmp_path / 'file' / 'below', '/proc/none'):
-    with pytest.raises(UsageError, match=f'cannot write to {workdir}: .*--workdir'), record.lock(workdir):
+    with pytest.raises(UsageError, match=f'cannot write to {workdir}: .*--workdir'), workdirs.lock(workdir):
       pass
 
 
@@ -113,15 +113,25 @@ def test_a_config_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize(
   ('field', 'value', 'message'),
   [
-    ('epochs', 13, 'config.epochs is 13, but the run in .* was started with 12'),
+    ('epochs', 11, 'config.epochs is 11, but the run in .* was started with 12'),
     ('model__features', (32, 64), r'config.model.features is \[32, 64\], but .* \[32, 64, 128\]'),
-    ('data__dir', 'x', "config.data.dir is 'x', but .* was started with ''"),
+    ('data__split_seed', 1, 'config.data.split_seed is 1, but .* was started with 0'),
   ],
 )
 def test_resuming_with_another_config_names_the_field(tmp_path, field, value, message):
   record.write_config(tmp_path, config_lib.default_config())
   with pytest.raises(UsageError, match=f'{message}; use another --workdir'):
     record.check_config(tmp_path, changed(**{field: value}))
+
+
+def test_more_epochs_continue_a_constant_schedule_alone(tmp_path):
+  record.write_config(tmp_path, changed())
+  with pytest.raises(UsageError, match="its schedule 'one_cycle' ends there; .* --config.init_from="):
+    record.check_config(tmp_path, changed(epochs=13))
+  record.write_config(tmp_path, changed(schedule__name='constant'))
+  record.check_config(tmp_path, changed(schedule__name='constant', epochs=13))
+  with pytest.raises(UsageError, match='config.epochs is 11, but'):
+    record.check_config(tmp_path, changed(schedule__name='constant', epochs=11))
 
 
 def test_what_is_recorded_and_kept_may_change(tmp_path):

@@ -221,7 +221,7 @@ def test_two_classes_without_mistakes(tmp_path):
   assert 'All test images are classified correctly' in page.text
   assert 'All validation images are classified correctly' in page.text
   assert 'y' * 300 not in page.text  # long names are cut
-  with pytest.raises(UsageError, match='cannot write .*: Is a directory'):
+  with pytest.raises(UsageError, match='cannot write .*: it is there and is not a file'):
     report.write_report(tmp_path, dataset, tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {'checkpoints', 'config.json', 'report.html'}
 
@@ -273,6 +273,16 @@ def test_the_command_writes_the_same_page_again(digits_run, tmp_path):
   done = call_command('cnn_jax.report', f'--workdir={digits_run}', f'--output={page}')
   assert (done.returncode, done.stdout) == (0, f'{page}\n'), done.stderr
   assert page.read_bytes() == (digits_run / 'report.html').read_bytes()
+
+
+def test_a_page_about_validation(digits_run, tmp_path):
+  page = tmp_path / 'page.html'
+  done = call_command('cnn_jax.report', f'--workdir={digits_run}', f'--output={page}', '--split=validation')
+  assert done.returncode == 0, done.stderr
+  result, text = record.read_result(digits_run), check_page(page).text
+  correct = round(result['validation_accuracy'] * result['num_validation'])
+  assert f'Validation accuracy: {correct:,} of {result["num_validation"]:,} images' in text
+  assert 'test accuracy' not in text.lower() and 'Temperature scaling' not in text
 
 
 def test_a_file_that_cannot_be_written(digits_run, tmp_path):

@@ -1,6 +1,7 @@
 """The network `resnet`: it is torchvision's, and every command works with it."""
 
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax import Stopped, export, inspect, models, record, train
+from cnn_jax import Stopped, export, inspect, models, record, signals, train
 from cnn_jax import config as config_lib
 from cnn_jax.data import load_dataset
 from cnn_jax.models import resnet
@@ -145,8 +146,10 @@ def run(tmp_path_factory, quick_compilation):
 def test_a_resumed_run_ends_as_one_without_a_pause(run, tmp_path):
   config = config_lib.load(DIGITS[0].partition('=')[2], DIGITS[1:])
   dataset = load_dataset(config.data)
+  stopping = signals.Stopping()
+  stopping.received.append(signal.SIGTERM)
   with pytest.raises(Stopped):
-    train.train(config, dataset, tmp_path, stopping=lambda: True)
+    train.train(config, dataset, tmp_path, stopping=stopping)
   train.train(config, dataset, tmp_path)
   record.write_config(tmp_path, config)
   jax.tree.map(np.testing.assert_array_equal, load_run(run).variables, load_run(tmp_path).variables)

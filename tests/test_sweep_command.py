@@ -168,7 +168,7 @@ def test_an_impossible_combination_is_an_outcome_of_its_trial(tmp_path, monkeypa
     '--config.batch_size=2048', f'--workdir={tmp_path}',
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  assert 'The grid has 2 points' in done.stdout
+  assert 'The grid has 2 different points' in done.stdout
   good, bad = read_table(tmp_path)
   reason = 'config.batch_size is 2048 but there are 1295 training images; make it at most 1295.'
   assert (good['state'], good['size'], good['reason']) == ('complete', '64', '')

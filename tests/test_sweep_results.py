@@ -70,7 +70,9 @@ def test_the_table_lists_all_trials_in_order(trials, tmp_path):
   assert [row['reason'] for row in rows][-3:] == ['', 'the loss of step 3 is nan', 'too large']
   text = (tmp_path / 'out' / 'results.md').read_text()
   assert '| less | complete | 90.00 % | 0.2 | 1 | 1,234 | 256 | 0.3 | 1 | 0.9 | none | 40 |  |' in text
-  assert results.summary(trials, None).startswith('Best on validation: less, 90.00%: batch_size=256, dropout=0.3')
+  counts, best = results.summary(trials, None).splitlines()
+  assert counts == '18 trials: 15 complete, 1 pruned, 1 diverged, 1 infeasible.'
+  assert best.startswith('Best on validation: less, 90.00%: batch_size=256, dropout=0.3')
 
 
 def test_the_comparison_counts_only_seeds_that_completed(trials, tmp_path):

@@ -143,8 +143,9 @@ def test_the_clock_of_training_counts_training_alone(tmp_path, monkeypatch):
 
 def test_another_data_set_is_refused(tmp_path):
   train.train(_config(epochs=1), _dataset(), tmp_path)
-  other = Dataset(**(vars(_dataset()) | {'name': 'another'}))
-  with pytest.raises(UsageError, match='started on "made up", but its config finds "another"'):
+  train.train(_config(epochs=1), Dataset(**(vars(_dataset()) | {'name': 'another name'})), tmp_path)  # the same data
+  other = Dataset(**(vars(_dataset()) | {'class_names': ('a', 'c', 'b')}))
+  with pytest.raises(UsageError, match='the classes have another order'):
     train.train(_config(epochs=1), other, tmp_path)
 
 

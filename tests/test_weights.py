@@ -68,6 +68,9 @@ def test_another_network_is_an_error_that_lists_the_differences():
   _, fresh = _network(_config(features=(4, 8, 8)))
   with pytest.raises(UsageError, match='it has no .*/block3'):
     weights.graft(_run(_config()), fresh, NAMES)
+  _, fresh = _network(_config())
+  with pytest.raises(UsageError, match='it has batch_stats/block1/norm2/mean, which is left over; .*, and 7 more'):
+    weights.graft(_run(_config(convs_per_block=2)), fresh, NAMES)
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'muon'])

@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--workdir', type=Path, default=Path('runs/fine_tuning'), help='of all runs (%(default)s)')
   args, overrides = parser.parse_known_args(argv)
   folder = config_lib.vary(
-    config_lib.load(str(peers.ROOT / 'configs' / 'image_folder.py')), {'model.features': (32, 64, 128)}
+    config_lib.load(str(peers.ROOT / 'configs' / 'image_folder.py')),
+    {'model.features': (32, 64, 128), 'adapt_to_data': False},
   )
 
   def config(pictures: Path, fields: Mapping[str, Any]) -> Any:

@@ -173,6 +173,11 @@ def _gather_2x2(images: Array, top: Array, left: Array) -> Array:
   packed = packed[:, :, :-1] | packed[:, :, 1:] << 8
   packed = packed[:, :-1] | packed[:, 1:] << 16
   batch, rows, columns, channels = packed.shape
+  if rows * columns > 2**24 or batch * rows * columns >= 2**31:
+    # float32 has no place for such an index, or int32 has none for the whole batch.
+    index = top.astype(jnp.int32) * columns + left.astype(jnp.int32)
+    gather = jax.vmap(lambda pixels, index: pixels.at[index].get(mode='promise_in_bounds'))
+    return gather(packed.reshape(batch, rows * columns, channels), index)
   index = (top * columns + left).astype(jnp.int32) + (jnp.arange(batch) * rows * columns)[:, None, None]
   packed = packed.reshape(-1, channels)
   if channels == 1:

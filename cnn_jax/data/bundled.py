@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from cnn_jax import UsageError
-from cnn_jax.data import BUNDLED, Dataset, decode, images, splits
+from cnn_jax.data import BUNDLED, Dataset, images, splits
+from cnn_jax.data.decoded import Decoded
 
 
 def load(config_data: Any) -> Dataset:
@@ -19,10 +20,16 @@ def load(config_data: Any) -> Dataset:
     raise UsageError(
       f'config.data.name is {name!r}, which is not bundled; choose {" or ".join(BUNDLED)}, or another config.data.source.'
     )
+  if config_data.dir and (config_data.source == 'bundled' or name == 'digits'):
+    raise UsageError(
+      f'config.data.dir is {config_data.dir!r}, but {BUNDLED[name]}, are read from that package; leave it empty, or set '
+      'config.data.source=folder for the images in a folder.'
+    )
   pixels, labels, package, content = _read_mnist() if name == 'mnist' else _read_digits()
   pixels = _resize(pixels, config_data)
   parts, _ = splits.by_class({'train': np.arange(len(labels))}, labels, config_data)
   splits.check(parts, BUNDLED[name], config_data)
+  decoded = Decoded(pixels, labels)
   counts = '/'.join(str(len(indices)) for indices in parts.values())
   return Dataset(
     name=BUNDLED[name],
@@ -31,7 +38,9 @@ def load(config_data: Any) -> Dataset:
       f'split {counts} by class with split_seed {config_data.split_seed}.'
     ),
     class_names=tuple('0123456789'),
-    **{split: decode.select(pixels, labels, indices) for split, indices in parts.items()},
+    train=decoded.select(parts['train']),
+    validation=decoded.select(parts['validation']),
+    test=decoded.select(parts['test']),
   )
 
 

@@ -81,6 +81,8 @@ def fit(image: np.ndarray, drawing: dict[str, Any], shape: tuple[int, ...]) -> n
   tall, wide = max(round(tall * scale), 1), max(round(wide * scale), 1)
   small = Image.fromarray(np.rint(255 * drawn).astype(np.uint8)).resize((wide, tall), Image.Resampling.BICUBIC)
   array = np.asarray(small)
+  if not array.any():  # specks so far apart that nothing is left of them at this size
+    return frame
   row, column = _centre_of_mass(array)
   first_row = min(max(round(drawing['centre'][0] - row), 0), shape[0] - tall)
   first_column = min(max(round(drawing['centre'][1] - column), 0), shape[1] - wide)

@@ -1,184 +1,95 @@
-"""Folders of image files: one folder per class, below one folder per split or not.
+"""Folders of image files: one folder per class, below one folder per split or not; or a table of files and labels.
 
-Either DIR/CLASS/*, or DIR/train/CLASS/* and, if they exist, DIR/validation and DIR/test. Splits that do not exist
-are carved out of train by a hash of each path (`splits.by_path`).
+Either DIR/CLASS/*, or DIR/train/CLASS/* and, if they exist, DIR/validation and DIR/test, in any usual spelling
+(`layout.py`), or what `config.data.table` lists (`table.py`). Splits that do not exist are carved out of train, of each
+class, by a hash of each path (`splits.by_path`).
 """
 
+import dataclasses
 import os
 import pathlib
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cnn_jax import UsageError, files
-from cnn_jax.data import Dataset, decode, splits
-from cnn_jax.data.images import IMAGE_EXTENSIONS
-
-_SPLITS = ('train', 'validation', 'test')
+from cnn_jax import UsageError
+from cnn_jax.command import printable
+from cnn_jax.data import Dataset, Split, fileset, layout, listing, overview, splits, table
 
 
 class _File(NamedTuple):
   path: str  # relative to the folder
   label: int
-  stamp: tuple[int, int]
+  stamp: tuple[int, ...]
+  size: int
 
 
 def load(config_data: Any) -> Dataset:
-  """Loads the image folder `config.data.dir`; see `cnn_jax.data.load_dataset`."""
-  if not config_data.dir:
-    raise UsageError("config.data.dir is empty; with config.data.source='folder' it must be the image folder.")
-  root = pathlib.Path(config_data.dir).expanduser()
-  if not root.is_dir():
-    raise UsageError(f'config.data.dir is {str(root)!r}, which is not a directory; give the image folder.')
-  nested = (root / 'train').is_dir()
-  class_names = _list_classes(root, nested)
-  if nested:
-    parts, shares = _list_nested(root, class_names, config_data)
-    rule = f'{" and ".join(shares)} carved out of train' if shares else ''
+  """Loads the image folder `config.data.dir`, or the table `config.data.table`; see `cnn_jax.data.load_dataset`."""
+  root = _root(config_data)
+  skip = config_data.get('on_bad_image') == 'skip'
+  if config_data.table:
+    found = table.read(os.path.expanduser(config_data.table), str(root), skip=skip)
   else:
-    parts, shares = _list_flat(root, class_names, config_data)
-    rule = 'validation and test carved out'
-  parts = _carve(root, parts, shares, class_names, config_data)
+    found = layout.read(str(root), skip=skip)
+  parts, carved = _carve(root, found, config_data)
   counts = '/'.join(str(len(part)) for part in parts.values())
-  rule = f'; {rule} by a hash of the path with split_seed {config_data.split_seed}' if rule else ''
-  return Dataset(
-    name=f'folder {root.name or root}',
-    provenance=f'image folder {root.resolve()}; {counts} images{rule}.',
-    class_names=class_names,
-    **_decode(root, parts, config_data),
+  seed = config_data.split_seed
+  rule = f'; {" and ".join(carved)} carved out of train by class and a hash of the path, split_seed {seed}'
+  listed = f'images of {os.path.basename(config_data.table)} in' if config_data.table else 'image folder'
+  made = fileset.load(root, parts, found.class_names, config_data)
+  sizes = {file.path: file.size for part in parts.values() for file in part}
+  dataset = Dataset(
+    name=listing.text(f'folder {root.name or root}'),
+    provenance=listing.text(f'{listed} {root.resolve()}; {counts} images{rule if carved else ""}.'),
+    class_names=found.class_names,
+    **made | {split: _describe(made[split], sizes) for split in layout.SPLITS},
   )
+  skipped = tuple((listing.text(file.path), file.problem) for file in found.problems)
+  notes = tuple(printable(note) for note in (*found.notes, *overview.notes(dataset)))
+  return dataclasses.replace(dataset, notes=dataset.notes + notes, skipped=skipped + dataset.skipped)
 
 
-def _list_classes(root: pathlib.Path, nested: bool) -> tuple[str, ...]:
-  directory = root / 'train' if nested else root
-  class_names = _directories(directory)
-  if len(class_names) < 2:
-    found = f'only the directory {class_names[0]!r}' if class_names else 'no directory'
-    raise UsageError(f'{directory} has {found}; it needs one directory of images for each of at least two classes.')
-  if not nested and {'test', 'validation'} & set(class_names):
-    raise UsageError(f'{root} has a test or validation directory but no train directory; add {root / "train"}.')
-  return tuple(class_names)
+def _root(config_data: Any) -> pathlib.Path:
+  """The folder that the paths of the images are relative to."""
+  directory = config_data.dir or os.path.dirname(config_data.table) or ('.' if config_data.table else '')
+  if not directory:
+    raise UsageError(
+      "config.data.dir is empty; with config.data.source='folder' it must be the image folder, unless config.data.table "
+      'lists the images.'
+    )
+  root = os.path.expanduser(directory)
+  if not os.path.isdir(root):
+    raise UsageError(f'config.data.dir is {root!r}, which is not a directory; give the image folder.')
+  return pathlib.Path(root)
 
 
-def _list_flat(
-  root: pathlib.Path, class_names: Sequence[str], config_data: Any
-) -> tuple[dict[str, list[_File]], dict[str, float]]:
-  """Lists DIR/CLASS/*.
+def _carve(root: pathlib.Path, found: layout.Layout, config_data: Any) -> tuple[dict[str, list[_File]], list[str]]:
+  """Completes the splits.
 
   Returns:
-    The files of each split that has its own directory, all others being in train; and the shares of the splits that
-    are to be carved out of train.
+    The files of each split, and the splits that were carved out of train.
   """
-  shares = {'test': config_data.test, 'validation': config_data.validation}
-  return {'train': _list_split(root, '', class_names)}, shares
-
-
-def _list_nested(
-  root: pathlib.Path, class_names: Sequence[str], config_data: Any
-) -> tuple[dict[str, list[_File]], dict[str, float]]:
-  """Lists DIR/train/CLASS/*, and the same below validation and test if they exist; returns as `_list_flat`."""
-  for wrong in ('val', 'valid', 'dev'):
-    if (root / wrong).is_dir():
-      raise UsageError(f'{root / wrong} is not a split; name it {root / "validation"}.')
-  parts = {'train': _list_split(root, 'train', class_names)}
-  shares = {}
-  for split in ('test', 'validation'):
-    directory = root / split
-    if not directory.is_dir():
-      shares[split] = config_data[split]
-      continue
-    extra = sorted(set(_directories(directory)) - set(class_names))
-    if extra:
-      raise UsageError(f'{directory} has a class {extra[0]!r} that {root / "train"} lacks; add it there or remove it.')
-    parts[split] = _list_split(root, split, class_names)
-    if not parts[split]:
-      raise UsageError(f'{directory} contains no image{_describe_others(directory)}; add some or remove it.')
-  return parts, shares
-
-
-def _carve(
-  root: pathlib.Path,
-  parts: Mapping[str, list[_File]],
-  shares: Mapping[str, float],
-  class_names: Sequence[str],
-  config_data: Any,
-) -> dict[str, list[_File]]:
-  """Moves shares of the files of train to the splits that have no directory of their own."""
-  listed = parts['train']
-  if not listed:
-    directory = root / 'train' if (root / 'train').is_dir() else root
-    raise UsageError(
-      f'{directory} contains no image{_describe_others(directory)}; put images into {directory / class_names[0]} and '
-      'the other class directories.'
-    )
-  carved: dict[str, list[_File]] = {split: [] if split in ('train', *shares) else parts[split] for split in _SPLITS}
-  chosen = splits.by_path((file.path for file in listed), shares, config_data.split_seed)
-  for file, split in zip(listed, chosen, strict=True):
-    carved[split].append(file)
-  remedy = (
-    f'it has {len(listed)} images to split; add images, or change config.data.validation, config.data.test or '
-    'config.data.split_seed'
-  )
-  splits.check(carved, str(root), config_data, remedy)
-  return carved
-
-
-def _decode(root: pathlib.Path, parts: Mapping[str, list[_File]], config_data: Any) -> dict[str, Any]:
-  """Decodes the files and returns the splits by name."""
-  listed = [file for part in parts.values() for file in part]
-
-  def read(indices: np.ndarray) -> Iterator[tuple[str, int, None]]:
-    for index in indices:
-      yield os.path.join(root, listed[index].path), listed[index].label, None
-
-  decoded, labels = decode.decode(
-    config_data,
-    location=str(root.resolve()),
-    fingerprint=decode.fingerprint((file.path, *file.stamp) for file in listed),
-    runs=[np.arange(len(listed))],
-    read=read,
-  )
-  ends = np.cumsum([len(part) for part in parts.values()])
-  return {
-    split: decode.select(decoded, labels, np.arange(end - len(part), end), tuple(file.path for file in part))
-    for (split, part), end in zip(parts.items(), ends, strict=True)
+  prefix = os.path.join(root, '')
+  parts = {
+    split: [_File(file.path.removeprefix(prefix), label, file.stamp, file.size) for label, file in part]
+    for split, part in found.parts.items()
   }
+  train = parts['train']
+  shares = {split: config_data[split] for split in ('test', 'validation') if split not in parts}
+  labels = np.array([file.label for file in train], np.int32)
+  chosen = splits.by_path([file.path for file in train], labels, shares, config_data.split_seed)
+  parts |= {split: [train[i] for i in indices] for split, indices in chosen.items()}
+  parts = {split: parts[split] for split in layout.SPLITS}
+  remedy = f'it has {len(train)} images to split; add images, or change config.data.validation or config.data.test'
+  splits.check(parts, str(root), config_data, remedy)
+  return parts, list(shares)
 
 
-def _directories(directory: pathlib.Path) -> list[str]:
-  return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith('.'))
-
-
-def _list_split(root: pathlib.Path, split: str, class_names: Sequence[str]) -> list[_File]:
-  """Lists the images of each class, sorted by path, below the directory of a split; '' stands for DIR/CLASS/*."""
-  listed = []
-  for label, name in enumerate(class_names):
-    top = '/'.join(filter(None, (split, name)))
-    directory = os.path.join(root, top)
-    if os.path.isdir(directory):
-      for path, stamp in _list_images(directory):
-        listed.append(_File(path[len(directory) - len(top) :], label, stamp))
-  return listed
-
-
-def _list_images(directory: str) -> Iterator[tuple[str, tuple[int, int]]]:
-  """Yields path and stamp of each image, sorted by path."""
-  for path in sorted(files.walk(directory, IMAGE_EXTENSIONS)):
-    try:
-      status = os.stat(path)
-      if stat.S_ISDIR(status.st_mode):  # it contains no image, or it cannot be listed
-        os.listdir(path)
-        continue
-    except FileNotFoundError:
-      raise UsageError(f'{path} is a link to a file that does not exist; remove it.') from None
-    except OSError as error:
-      raise UsageError(f'{path} cannot be read: {error.strerror}; change its permissions or remove it.') from None
-    yield path, decode.stamp(status)
-
-
-def _describe_others(directory: pathlib.Path) -> str:
-  """Names the kinds of files in a directory without images, for an error message."""
-  suffixes = {pathlib.Path(path).suffix for path in files.walk(str(directory), ('',)) if path != str(directory)}
-  return f' but files ending in {", ".join(sorted(s or "no suffix" for s in suffixes)[:5])}' if suffixes else ''
+def _describe(split: Split, sizes: Mapping[str, int]) -> Split:
+  """Adds the sizes of the files, and makes their names printable."""
+  names = split.names or ()
+  return dataclasses.replace(
+    split, names=tuple(map(listing.text, names)), sizes=np.array([sizes[name] for name in names], np.int64)
+  )

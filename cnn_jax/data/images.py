@@ -5,85 +5,129 @@ Policies, the same for training and for prediction:
 - Transparent pixels are composited on white.
 - A colour image becomes grey by ITU-R 601-2 luma, as Pillow computes it. A grey image becomes RGB with three equal
   channels.
-- 16-bit levels are divided by 257. 32-bit integers are interpreted as 16-bit levels. Floats in [0, 1] are multiplied by
-  255; other floats in [0, 255] are used as they are. Nothing is clipped silently.
+- 16-bit levels are divided by 257, or by less if a set holds 8 to 14 bits in 16; see `data.bit_depth`. 32-bit integers
+  are interpreted as 16-bit levels. Floats in [0, 1] are multiplied by 255; other floats in [0, 255] are used as they
+  are. Nothing is clipped silently.
 - An image that already has the requested size is not resampled. Others are resampled bicubically with antialiasing.
+- A JPEG that lacks at most a twentieth of its pixels, and a PNG with any amount of text, are read, with a remark.
 """
 
+import contextlib
+import errno
+import importlib.util
+import io
 import os
-from typing import IO
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from cnn_jax import UsageError
+from cnn_jax import UsageError, files
+from cnn_jax.data import depth, kinds, repair
 
 # Raster formats that Pillow decodes by itself. EPS and PDF are left out because they start other programs.
-IMAGE_FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'JPEG2000')
+IMAGE_FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'JPEG2000') + (
+  ('AVIF',) if importlib.util.find_spec('PIL.AvifImagePlugin') else ()  # from Pillow 11.3 on
+)
 IMAGE_EXTENSIONS = (
-  '.png', '.jpg', '.jpeg', '.gif', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pbm', '.pnm', '.tga', '.jp2',
+  '.png', '.apng', '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.gif', '.bmp', '.tif', '.tiff', '.webp', '.avif',
+  '.ppm', '.pgm', '.pbm', '.pnm', '.tga', '.jp2', '.j2k', '.j2c', '.jpc', '.jpf', '.jpx',
 )  # fmt: skip
 # 89 million, Pillow's own limit: more is a mistake or an attack. Between this and twice this Pillow only warns.
 MAX_PIXELS = 2**30 // 12
+TRUNCATED = 'lacks its last bytes'
+_MAX_REPAIRED_BYTES = 2**28
+_SMALL_FILE = 2**16
+_reading = threading.local()  # `remarks`: the warnings about the file that this thread reads
 
 
-def load_image(
+class Picture(NamedTuple):
+  """An image that was read, and what was noticed.
+
+  Attributes:
+    pixels: uint8 (H, W, C).
+    cut: the share of the area that cropping to the requested aspect ratio removed, from 0 to 1.
+    bits: of 8, 10, 12, 14 and 16, the fewest that hold the levels of a 16-bit file; 0 for other files.
+    remarks: oddities that did not prevent reading: `TRUNCATED`, and warnings of Pillow.
+  """
+
+  pixels: np.ndarray
+  cut: float
+  bits: int
+  remarks: tuple[str, ...]
+
+
+class UnreadableError(UsageError):
+  """A file that is not a readable image; `reason` is the predicate of a sentence about it, as 'is a PDF document'."""
+
+  def __init__(self, name: Any, reason: str, remedy: str = 'replace it or remove it'):
+    super().__init__(f'{name} {reason}; {remedy}.')
+    self.name, self.reason = str(name), reason
+
+
+def load_image(file: str | os.PathLike | IO[bytes], **options: Any) -> np.ndarray:
+  """Decodes one image: uint8 (H, W, C); see `read_image`."""
+  return read_image(file, **options).pixels
+
+
+def read_image(
   file: str | os.PathLike | IO[bytes],
   *,
   size: int | tuple[int, int] = 0,
   channels: int = 0,
   resize: str = 'crop',
   name: str | None = None,
-) -> np.ndarray:
+  bit_depth: int = 0,
+) -> Picture:
   """Decodes one image.
 
   Args:
-    file: a path or an open binary file.
+    file: a path of a regular file, or an open binary file.
     size: pixels per side, or (height, width); 0 keeps the image's size.
     channels: 1 for grey, 3 for RGB, 0 to keep what the image is.
     resize: how to bring an image to `size`; see `resize_image`.
     name: identifies the file in messages; its path by default.
-
-  Returns:
-    uint8 (H, W, C).
+    bit_depth: the bits that the levels of 16-bit files use, 8 to 16. If 0, a file that uses less than 16 is refused,
+      because it may be dark, or have another range.
 
   Raises:
-    UsageError: the file cannot be read. The message has its name and the reason.
+    UnreadableError: the file cannot be read. The message has its name and the reason.
   """
   if name is None:
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, 'name', 'the image')
+  _reading.remarks = []
   try:
-    with Image.open(file, formats=IMAGE_FORMATS) as opened:
-      image: Image.Image = opened
-      if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError
-      if size:
-        # A JPEG decoder can skip detail that resizing would remove; three times the size keeps enough.
-        height, width = _pair(size)
-        opened.draft(image.mode, (3 * width, 3 * height))
-      image.load()
-      image = _upright(image)
-      image = _grey_or_rgb(image, channels)
-      if size:
-        image = _fit(image, *_pair(size), resize)
-      array = np.asarray(image)
-  except Image.UnidentifiedImageError:
-    raise UsageError(
-      f'{name} is not an image of a known format ({", ".join(IMAGE_FORMATS)}); replace it or remove it.'
-    ) from None
-  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-    raise UsageError(f'{name} has more than {MAX_PIXELS:,} pixels; make it smaller.') from None
-  except FileNotFoundError:
-    raise UsageError(f'{name} does not exist.') from None
-  except IsADirectoryError:
-    raise UsageError(f'{name} is a directory, not an image file.') from None
+    with _open(file) as stream:
+      return _read_or_repair(stream, (size, channels, resize, bit_depth))
   except MemoryError:
     raise
-  # On damaged input decoders raise nearly any exception: OSError, SyntaxError, ValueError, struct.error, ...
+  except _RefusedError as refused:
+    raise UnreadableError(name, refused.reason, refused.remedy) from None
   except Exception as error:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise UsageError(f'{name} cannot be read: {reason.rstrip(".")}; replace it or remove it.') from None
-  return array if array.ndim == 3 else array[:, :, None]
+    raise UnreadableError(name, _explain(error)) from None
+
+
+@contextlib.contextmanager
+def attributed_warnings() -> Iterator[None]:
+  """While this is open, warnings of Pillow become remarks about the picture that the warning thread reads."""
+
+  def remark(message: Any, *_: Any, **__: Any) -> None:
+    getattr(_reading, 'remarks', []).append(str(message))
+
+  with warnings.catch_warnings():
+    warnings.filterwarnings('always', category=UserWarning, module='PIL')
+    show = warnings.showwarning
+
+    def keep(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+      # Everything else goes where it would have gone.
+      (remark if issubclass(category, UserWarning) else show)(message, category, *rest, **more)
+
+    warnings.showwarning = keep
+    yield
 
 
 def resize_image(array: np.ndarray, size: int | tuple[int, int], resize: str, channels: int = 0) -> np.ndarray:
@@ -106,6 +150,174 @@ def resize_image(array: np.ndarray, size: int | tuple[int, int], resize: str, ch
   return array if array.ndim == 3 else array[:, :, None]
 
 
+class _RefusedError(Exception):
+  """A file that is not a readable image; see `UnreadableError`."""
+
+  def __init__(self, reason: str, remedy: str = 'replace it or remove it'):
+    super().__init__(reason)
+    self.reason, self.remedy = reason, remedy
+
+
+def _open(file: str | os.PathLike | IO[bytes]) -> contextlib.AbstractContextManager[IO[bytes]]:
+  if not isinstance(file, str | os.PathLike):
+    return contextlib.nullcontext(file)
+  # For a small image, making a buffered file takes a fifth of the time of decoding.
+  descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+  try:
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size < _SMALL_FILE:
+      data = os.read(descriptor, _SMALL_FILE)
+      if len(data) == status.st_size:
+        return io.BytesIO(data)
+  finally:
+    os.close(descriptor)
+  return files.open_regular(file)  # a pipe or a device might never end
+
+
+def _read_or_repair(stream: IO[bytes], options: tuple) -> Picture:
+  """Reads an image, if necessary from a repaired copy; raises `_RefusedError` or MemoryError."""
+  start = stream.tell()
+  try:
+    return _read(stream, *options)
+  except (MemoryError, _RefusedError):
+    raise
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise _RefusedError(f'has more than {MAX_PIXELS:,} pixels', 'make it smaller') from None
+  # On damaged input decoders raise nearly any exception: OSError, SyntaxError, ValueError, struct.error, ...
+  except Exception as error:
+    stream.seek(start)
+    head = stream.read(kinds.BYTES)
+    if isinstance(error, Image.UnidentifiedImageError):
+      kind = kinds.describe(head)
+      known = f'is not an image of a known format ({", ".join(IMAGE_FORMATS)})'
+      raise _RefusedError(f'is {kind}' if kind else known) from None
+    stream.seek(start)
+    repaired, remark = _repair(stream, head, error)
+    try:
+      picture = _read(io.BytesIO(repaired), *options)
+    except (MemoryError, _RefusedError):
+      raise
+    except Exception:
+      raise _RefusedError(_explain(error)) from None
+    return picture._replace(remarks=(*remark, *picture.remarks))
+
+
+def _repair(stream: IO[bytes], head: bytes, error: Exception) -> tuple[bytes, tuple[str, ...]]:
+  """Returns a copy of a file that can perhaps be read, and a remark about it; raises `_RefusedError`."""
+  jpeg = head.startswith(b'\xff\xd8') and 'truncated' in str(error)
+  if not jpeg and not (head.startswith(b'\x89PNG') and 'text' in str(error).lower()):
+    raise _RefusedError(_explain(error))
+  data = stream.read(_MAX_REPAIRED_BYTES)
+  try:
+    return (repair.complete_jpeg(data, _pixels), (TRUNCATED,)) if jpeg else (repair.strip_png_text(data), ())
+  except repair.TruncatedError as truncated:
+    raise _RefusedError(f'is cut off: {truncated}') from None
+  except Exception:
+    raise _RefusedError(_explain(error)) from None
+
+
+def _pixels(data: bytes) -> np.ndarray:
+  with Image.open(io.BytesIO(data), formats=('JPEG',)) as image:
+    return np.asarray(image)
+
+
+def _explain(error: Exception) -> str:
+  """The predicate of a sentence about a file that cannot be read."""
+  if isinstance(error, FileNotFoundError):
+    return 'does not exist'
+  if isinstance(error, OSError) and error.errno == errno.EINVAL and error.filename is not None:  # of files.open_regular
+    directory = os.path.isdir(error.filename)
+    return 'is a directory, not an image file' if directory else 'is a pipe or a device, not a file'
+  reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+  return f'cannot be read: {(reason.splitlines() or [type(error).__name__])[0].rstrip(".")}'
+
+
+def _read(stream: IO[bytes], size: int | tuple[int, int], channels: int, resize: str, bit_depth: int) -> Picture:
+  start = stream.tell()
+  with Image.open(stream, formats=IMAGE_FORMATS) as opened:
+    if opened.width * opened.height > MAX_PIXELS:
+      raise Image.DecompressionBombError
+    if opened.format == 'TGA' and _other_kind(stream, start):  # a TGA has no signature
+      raise Image.UnidentifiedImageError
+    deep = depth.is_deep(opened)
+    if size:
+      # A JPEG decoder can skip detail that resizing would remove; three times the size keeps enough.
+      height, width = _pair(size)
+      opened.draft(opened.mode, (3 * width, 3 * height))
+    opened.load()
+    if opened.format in ('JPEG', 'MPO') and _ends_in_zeros(stream):
+      raise OSError('truncated')  # zero bytes are valid pixels, of which the decoder makes a plain rest
+    image, bits = _upright(opened), 0
+    if deep:
+      image, bits = _shallow(image, depth.declared_bits(opened), bit_depth, stream, start)
+    image = _grey_or_rgb(image, channels)
+    cut = 0.0
+    if size:
+      cut = _cut_share(image.size, *_pair(size)) if resize == 'crop' else 0.0
+      image = _fit(image, *_pair(size), resize)
+    array = np.asarray(image)
+  return Picture(array if array.ndim == 3 else array[:, :, None], cut, bits, tuple(_reading.remarks[:1]))
+
+
+def _ends_in_zeros(stream: IO[bytes]) -> bool:
+  """Whether a JPEG ends in zero bytes without an end marker before them, as an interrupted copy leaves it."""
+  place = stream.tell()
+  end = stream.seek(0, os.SEEK_END)
+  stream.seek(max(0, end - 16))
+  found = not stream.read().strip(b'\0')
+  if found:
+    stream.seek(0)
+    found = not stream.read(_MAX_REPAIRED_BYTES).rstrip(b'\0').endswith(b'\xff\xd9')
+  stream.seek(place)
+  return found
+
+
+def _other_kind(stream: IO[bytes], start: int) -> str:
+  place = stream.tell()
+  stream.seek(start)
+  kind = kinds.describe(stream.read(kinds.BYTES))
+  stream.seek(place)
+  return kind
+
+
+def _shallow(
+  image: Image.Image, declared: int, bit_depth: int, stream: IO[bytes], start: int
+) -> tuple[Image.Image, int]:
+  """Converts 16-bit levels to 8 bits, and returns the bits that they need unless that is declared; see `depth`."""
+  grey = image.mode.startswith('I')
+  needed = depth.bits_of(image)
+  if declared:
+    return depth.scale_grey(image, declared), 0
+  if needed and not bit_depth and needed < 16:
+    raise _RefusedError(
+      f'uses only {needed} of its 16 bits per level, so the range is unknown',
+      'convert it to 8 bits or, for training, set config.data.bit_depth',
+    )
+  bits = bit_depth or 16
+  if needed > bits:
+    raise _RefusedError(
+      f'has levels of {needed} bits, more than the {bits} of the training images or of config.data.bit_depth'
+    )
+  if grey:
+    return depth.scale_grey(image, bits), needed
+  if bits == 16:  # the upper bytes are the levels
+    return image, needed
+  stream.seek(start)
+  with Image.open(stream, formats=IMAGE_FORMATS) as opened:
+    channels = depth.take_lower_bytes(opened)
+    if channels is None:
+      raise _RefusedError(f'has levels of {bits} bits in 16 in a form that cannot be scaled', 'convert it to 8 bits')
+    opened.load()
+    lower = np.asarray(_upright(opened))[..., channels]
+  return depth.scale_colour(image, lower, bits), needed
+
+
+def _cut_share(size: tuple[int, int], height: int, width: int) -> float:
+  """The share of the area of an image of (width, height) that cropping to an aspect ratio removes."""
+  ratio = size[0] * height / (size[1] * width)
+  return 1 - min(ratio, 1 / ratio)
+
+
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
   return (size, size) if isinstance(size, int) else size
 
@@ -122,9 +334,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
   """Converts to mode L or RGB by the policies at the top."""
-  if image.mode.startswith('I;16') or image.mode == 'I':
-    image = _from_integers(np.asarray(image).astype(np.int64))
-  elif image.mode == 'F':
+  if image.mode == 'F':
     image = _from_floats(np.asarray(image))
   elif 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
     image = _on_white(image)
@@ -153,12 +363,6 @@ def _without_colour(image: Image.Image) -> Image.Image:
   array = np.asarray(image)
   equal = np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2])
   return image.getchannel(0) if equal else image
-
-
-def _from_integers(levels: np.ndarray) -> Image.Image:
-  if levels.min() < 0 or levels.max() > 65535:
-    raise ValueError(f'the levels run from {levels.min()} to {levels.max()}, not from 0 to 65535')
-  return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
 
 
 def _from_floats(levels: np.ndarray) -> Image.Image:

@@ -5,7 +5,7 @@ different `config.data.validation` never moves an example into or out of test.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -39,27 +39,33 @@ def by_class(
   return {'train': train, 'validation': parts['validation'], 'test': parts['test']}, carved
 
 
-def by_path(paths: Iterable[str], shares: Mapping[str, float], seed: int) -> list[str]:
-  """Assigns files to splits by a hash of their paths, so that a file stays in its split if others come and go.
+def by_path(paths: Sequence[str], labels: np.ndarray, shares: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:
+  """Assigns files to splits: of each class those whose paths have the smallest hashes.
+
+  A split gets its share of each class, rounded, and at least one file; but a file of each class stays in train. If a
+  file comes or goes, at most one other file of its class leaves or joins a split, because the hashes of the others do
+  not change.
 
   Args:
     paths: of the files, relative to the folder.
-    shares: the share of each split to carve out, of what the splits before it leave over.
+    labels: int32 (N,), their classes.
+    shares: the share of each split to carve out, of what the splits before it leave over. No share of a split depends
+      on the splits after it.
     seed: `config.data.split_seed`.
 
   Returns:
-    The split of each file: one of `shares`, or 'train'.
+    Sorted indices of the files of `train` and of each of `shares`.
   """
-  edges, edge = {}, 0.0
-  for split, share in shares.items():
-    edge += (1 - edge) * share
-    edges[split] = edge
-
-  def assign(path: str) -> str:
-    place = _hash(seed, path)
-    return next((split for split, edge in edges.items() if place < edge), 'train')
-
-  return [assign(path) for path in paths]
+  hashes = np.fromiter((_hash(seed, path) for path in paths), np.uint64, len(paths))
+  order = np.lexsort((hashes, labels))
+  parts: dict[str, list[np.ndarray]] = {split: [] for split in ('train', *shares)}
+  for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+    for split, share in shares.items():
+      count = min(max(round(share * len(members)), share > 0), max(len(members) - 1, 0))
+      parts[split].append(members[:count])
+      members = members[count:]
+    parts['train'].append(members)
+  return {split: np.sort(np.concatenate(chosen)) for split, chosen in parts.items()}
 
 
 def check(
@@ -94,6 +100,6 @@ def _stratified(labels: np.ndarray, share: float, seed: tuple[int, int]) -> np.n
   return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
 
 
-def _hash(seed: int, path: str) -> float:
-  """A number in [0, 1) that depends on the seed and the path alone."""
-  return int.from_bytes(hashlib.sha256(f'{seed}:{path}'.encode()).digest()[:8], 'big') / 2**64
+def _hash(seed: int, path: str) -> int:
+  """A number below 2^64 that depends on the seed and the path alone."""
+  return int.from_bytes(hashlib.sha256(f'{seed}:{path}'.encode('utf-8', 'surrogateescape')).digest()[:8], 'big')

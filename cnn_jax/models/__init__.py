@@ -88,6 +88,24 @@ def init_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:
   return jax.eval_shape(lambda: init(model, jax.random.key(0), image_shape))
 
 
+def infer(model: nn.Module, variables: Any, images: jax.Array) -> Any:
+  """Applies a trained network at full float32 precision on every device, as each command that reports numbers does.
+
+  By default a GPU rounds the factors of a product to 10 bits and a TPU to 7, which leaves about 3 digits. Training uses
+  that default.
+
+  Args:
+    model: from `create`.
+    variables: `{'params', 'batch_stats'}`.
+    images: float (batch, height, width, channels), normalised.
+
+  Returns:
+    (logits, maps), as the network does.
+  """
+  with jax.default_matmul_precision('highest'):
+    return model.apply(variables, images, train=False)
+
+
 def map_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of the maps of one image: `stage1`, ..., `pooled`, `logits`; computes nothing.
 

@@ -35,8 +35,8 @@ def default_config() -> ConfigDict:
 
 RULES = {
   'features': 'positive',
-  'convs_per_block': 'positive',
-  'kernel_size': 'positive',
+  'convs_per_block': range(1, 65),
+  'kernel_size': range(1, 64),  # the convolution of small images takes a slice per position of the kernel
   'stride': 'positive',
   'pool': ('max', 'avg', 'none'),
   'norm': ('batch', 'group', 'none'),

@@ -1,11 +1,12 @@
 """The report: one self-contained HTML page about a run, its result, its errors and its network. Also a command.
 
-python -m cnn_jax.report --workdir=DIR [--output=FILE]
+python -m cnn_jax.report --workdir=DIR [--output=FILE] [--split=test] [--data_dir=FOLDER]
 
 The page has no scripts, loads nothing, and forbids both by its content security policy. Names of files and classes are
 shown as text: Jinja2 escapes them in HTML, and the XML writer in SVG.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,17 +17,23 @@ import numpy as np
 
 from cnn_jax import UsageError, command, evaluate, files, inspect, metrics, record
 from cnn_jax import config as config_lib
-from cnn_jax.data import Dataset
+from cnn_jax.data import Dataset, Split
 from cnn_jax.report import charts, pictures, text
 from cnn_jax.report.examples import select_examples
 from cnn_jax.report.performance import calibrate, confusion, learning_curves, wilson_interval
 from cnn_jax.report.subject import Subject
 from cnn_jax.report.walk import follow_image, kind_name
-from cnn_jax.run import Run, load_run, load_run_dataset
+from cnn_jax.run import Run, check_logits, load_run, load_run_dataset
+
+_LONGEST, _ROWS = 20_000, 50  # characters of the command and the config; rows of versions
 
 
 def write_report(
-  workdir: str | os.PathLike, dataset: Dataset | None = None, output: str | os.PathLike | None = None
+  workdir: str | os.PathLike,
+  dataset: Dataset | None = None,
+  output: str | os.PathLike | None = None,
+  data_dir: str | os.PathLike | None = None,
+  split: str = 'test',
 ) -> Path:
   """Writes the page about a run, complete or not, from its last checkpoint.
 
@@ -34,18 +41,23 @@ def write_report(
     workdir: the directory of a run that has saved at least once. If the run has several processes, call this from one.
     dataset: the data set of the run, if it is loaded already.
     output: the file to write; report.html in the workdir if None.
+    data_dir: where the data set of the run is now, if it was moved and is not loaded.
+    split: the split to show: train | validation | test.
 
   Returns:
     The file.
 
   Raises:
-    UsageError: there is no run or no usable checkpoint, its data are not found, or the file cannot be written.
+    UsageError: there is no run or no usable checkpoint, its data are not found or the split is empty, or the file cannot
+      be written.
   """
   path = Path(output) if output is not None else Path(workdir) / 'report.html'
   run = load_run(workdir)
-  if not path.parent.is_dir():
-    raise UsageError(f'cannot write {path}: its folder does not exist; create it or choose another --output.')
-  page = _render(_contents(Path(workdir), run, dataset or load_run_dataset(run)))
+  files.check_output(path)
+  dataset = dataset or load_run_dataset(run, data_dir)
+  if not len(getattr(dataset, split)):
+    raise UsageError(f'the {split} split of "{run.dataset}" is empty; choose another --split.')
+  page = _render(_contents(Path(workdir), run, dataset, split))
   try:
     files.write_atomically(path, page)
   except OSError as error:
@@ -56,35 +68,46 @@ def write_report(
 def main(argv: Sequence[str]) -> None:
   """The command: writes the page and prints its path."""
   parser = command.Parser('Writes one self-contained HTML page about a run.')
-  parser.add_argument('--workdir', required=True, help='the run')
-  parser.add_argument('--output', help='the file to write (default: report.html in the run)')
+  parser.add_argument('--workdir', type=command.local_path, required=True, help='the run')
+  parser.add_argument('--output', type=command.local_path, help='the file to write (default: report.html in the run)')
+  parser.add_argument(
+    '--data_dir', type=command.local_path, help='where the data set of the run is now, if it was moved'
+  )
+  parser.add_argument(
+    '--split', default='test', choices=['train', 'validation', 'test'], help='the split to show (default: test)'
+  )
   args = parser.parse_args(argv)
   command.prepare_backend()
-  print(write_report(args.workdir, output=args.output))
+  written = write_report(args.workdir, output=args.output, data_dir=args.data_dir, split=args.split)
+  print(command.printable(str(written)))
 
 
-def _contents(workdir: Path, run: Run, dataset: Dataset) -> dict[str, Any]:
+def _contents(workdir: Path, run: Run, dataset: Dataset, name: str) -> dict[str, Any]:
   """The variables of the template, by section."""
-  batch_size = run.config.evaluation.batch_size
+  batch_size, split = run.config.evaluation.batch_size, getattr(dataset, name)
+  # A temperature that is fitted on validation says nothing about validation.
+  fitted = dataset.validation if name != 'validation' else Split(dataset.validation.images[:0], np.zeros(0, np.int32))
   logits, validation_logits = (
-    evaluate.compute_logits(run.model, run.variables, split.images, batch_size)
-    for split in (dataset.test, dataset.validation)
+    evaluate.compute_logits(run.model, run.variables, part.images, batch_size) for part in (split, fitted)
   )
-  subject = Subject(run, dataset.test, logits)
+  check_logits(logits, run)
+  check_logits(validation_logits, run)
+  subject = Subject(run, split, logits, name)
   layers = inspect.layer_table(run.model, run.image_shape)
   with charts.style():
     return {
+      'split': name,
       'run_name': text.clean(workdir.absolute().name),
       'small': max(run.image_shape[:2]) <= pictures.SMALL,
-      'result': _result(workdir, run, dataset, logits, layers),
+      'result': _result(workdir, dataset, subject, layers),
       'environment': _environment(workdir),
       'curves': learning_curves(workdir),
-      'confusion': confusion(logits, dataset.test.labels, subject.classes),
-      'calibration': calibrate(logits, dataset.test.labels, validation_logits, dataset.validation.labels),
+      'confusion': confusion(logits, split.labels, subject.classes),
+      'calibration': calibrate(logits, split.labels, validation_logits, fitted.labels),
       'examples': select_examples(subject),
       'walk': follow_image(subject, layers),
       'layers': _layers(subject, layers),
-      'config': json.dumps(run.config.to_dict(), indent=2),
+      'config': text.shorten(json.dumps(run.config.to_dict(), indent=2), _LONGEST),
     }
 
 
@@ -102,21 +125,20 @@ def _render(contents: Mapping[str, Any]) -> str:
   return environment.get_template('page.html.jinja').render(contents)
 
 
-def _result(
-  workdir: Path, run: Run, dataset: Dataset, logits: np.ndarray, layers: Sequence[inspect.Layer]
-) -> dict[str, Any]:
+def _result(workdir: Path, dataset: Dataset, subject: Subject, layers: Sequence[inspect.Layer]) -> dict[str, Any]:
   """The accuracy, and facts about the data, the network and the training."""
-  measured = metrics.classification_metrics(logits, dataset.test.labels)
-  recorded = record.read_result(workdir) or {}
+  run, logits, name = subject.run, subject.logits, subject.split_name
+  measured = metrics.classification_metrics(logits, subject.split.labels)
+  recorded = _numbers(record.read_result(workdir) or {})
   num_train = len(dataset.train)
   low, high = wilson_interval(measured['accuracy'], len(logits))
   facts = [
-    ('Test images', f'{len(logits):,}'),
-    ('Test loss', f'{measured["loss"]:.4f} nats'),
+    (f'{name.capitalize()} images', f'{len(logits):,}'),
+    (f'{name.capitalize()} loss', f'{measured["loss"]:.4f} nats'),
   ]
   if len(run.class_names) > 5:
     facts.append(('Top-5 accuracy', text.percent(measured['top5_accuracy'])))
-  if recorded.get('validation_accuracy') is not None:
+  if name == 'test' and recorded.get('validation_accuracy') is not None:
     facts.append(('Validation accuracy', text.percent(recorded['validation_accuracy'])))
   facts += [
     ('Parameters', f'{sum(layer.parameters for layer in layers):,}'),
@@ -124,13 +146,15 @@ def _result(
     ('Training images', f'{num_train:,}'),
     ('Classes', f'{len(run.class_names):,}'),
   ]
-  if recorded:
+  if {'epochs', 'steps'} <= recorded.keys():
     facts.append(('Epochs, steps', f'{recorded["epochs"]:,}, {recorded["steps"]:,}'))
+  if 'train_seconds' in recorded:
     facts.append(('Training time', text.duration(recorded['train_seconds'])))
-    if recorded.get('images_per_second'):
-      facts.append(('Training speed', f'{recorded["images_per_second"]:,.0f} images/s'))
+  if recorded.get('images_per_second'):
+    facts.append(('Training speed', f'{recorded["images_per_second"]:,.0f} images/s'))
   facts.append(('Seed', str(run.config.seed)))
-  differs = abs(recorded.get('test_accuracy', measured['accuracy']) - measured['accuracy']) > 1e-9
+  then = recorded.get(f'{name}_accuracy', measured['accuracy'])
+  differs = abs(then - measured['accuracy']) > 1e-9
   return {
     'accuracy': measured['accuracy'],
     'correct': round(measured['accuracy'] * len(logits)),
@@ -142,15 +166,15 @@ def _result(
     'provenance': text.clean(dataset.provenance),
     'complete': bool(recorded),
     'step': run.step,
-    'steps': config_lib.num_epochs(run.config, num_train) * config_lib.steps_per_epoch(run.config, num_train),
-    'recorded': recorded['test_accuracy'] if differs else None,
+    'steps': _num_steps(run.config, num_train),
+    'recorded': then if differs else None,
   }
 
 
 def _environment(workdir: Path) -> dict[str, Any] | None:
   """The contents of environment.json; None if it is missing or damaged."""
   try:
-    found = json.loads((workdir / 'environment.json').read_text())
+    found = files.read_json(workdir / 'environment.json') or {}
     first = (found['runs'] or [found])[0]
     git = first['git']
     devices = f'{first["num_devices"]} {text.TIMES} {first["device_kind"]} ({first["backend"]})'
@@ -162,7 +186,7 @@ def _environment(workdir: Path) -> dict[str, Any] | None:
       ('Processor', f'{first["cpu"]}, {first["cpu_cores"]} cores'),
       ('System', first['platform']),
       ('Processes', str(first['num_processes'])),
-      *versions.items(),
+      *itertools.islice(versions.items(), _ROWS),
     ]
     commit = f'commit {git["commit"][:12]}{" with changes" if git["dirty"] else ""}, ' if git else ''
     summary = (
@@ -171,12 +195,23 @@ def _environment(workdir: Path) -> dict[str, Any] | None:
     )
     return {
       'summary': text.clean(summary),
-      'command': command.printable(first['command']),
+      'command': text.clean(first['command'], _LONGEST),
       'restarts': len(found['runs']),
       'rows': [(text.clean(str(name)), text.clean(str(value))) for name, value in rows],
     }
-  except (OSError, ValueError, KeyError, TypeError, IndexError):
+  except (UsageError, AttributeError, ValueError, KeyError, TypeError, IndexError):
     return None
+
+
+def _num_steps(config: Any, num_train: int) -> int:
+  """The steps of the whole run; 0 if the batch is larger than the training split, with which no run can start."""
+  steps_per_epoch = config_lib.steps_per_epoch(config, num_train)
+  return steps_per_epoch and config_lib.num_epochs(config, num_train) * steps_per_epoch
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+  """The numbers of result.json, which somebody else may have written."""
+  return {name: x for name, x in values.items() if type(x) in (int, float) and 0 <= x < 1e15}
 
 
 def _layers(subject: Subject, layers: Sequence[inspect.Layer]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Test images of interest, with their class activation maps: confident mistakes and uncertain predictions."""
+"""Images of interest, with their class activation maps: confident mistakes and uncertain predictions."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ MISTAKES, UNCERTAIN = 25, 15  # images shown of each kind
 
 def select_examples(subject: Subject) -> dict[str, Any]:
   """Selects the mistakes with the highest confidence, and the images with the lowest."""
-  wrong = np.flatnonzero(subject.predicted != subject.test.labels)
+  wrong = np.flatnonzero(subject.predicted != subject.split.labels)
   mistakes = wrong[np.argsort(-subject.confidence[wrong], kind='stable')][:MISTAKES]
   uncertain = np.argsort(subject.confidence, kind='stable')[:UNCERTAIN]
   # A mistake is compared with the true class, an uncertain prediction with the second most probable class.
-  second = np.argsort(-subject.logits, axis=1, kind='stable')[:, 1]
+  second = np.argsort(-subject.logits, axis=1, kind='stable')[:, min(1, subject.logits.shape[1] - 1)]
   chosen = np.concatenate([mistakes, uncertain])
-  others = np.concatenate([subject.test.labels[mistakes], second[uncertain]])
+  others = np.concatenate([subject.split.labels[mistakes], second[uncertain]])
   pairs = np.stack([subject.predicted[chosen], others], axis=1)
   cards = [_card(subject, int(i), pair) for i, pair in zip(chosen, pairs, strict=True)]
   if subject.has_activation_maps:
@@ -36,7 +36,7 @@ def _card(subject: Subject, index: int, pair: np.ndarray) -> dict[str, Any]:
   return {
     'name': subject.name(index),
     'picture': subject.picture(index),
-    'true': subject.classes[subject.test.labels[index]],
+    'true': subject.classes[subject.split.labels[index]],
     'sides': [{'class': subject.classes[c], 'probability': subject.probabilities[index, c]} for c in map(int, pair)],
   }
 

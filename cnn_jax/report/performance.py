@@ -11,6 +11,7 @@ from cnn_jax import calibration, metrics, record
 from cnn_jax.report import charts, text
 
 _CURVE_POINTS = 400  # per curve; more are averaged
+_MATRIX, _ROWS = 1000, 1000  # classes up to which the matrix is drawn; classes in the table
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -56,6 +57,8 @@ def learning_curves(workdir: Path) -> list[dict[str, Any]]:
 def confusion(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
   """The confusion matrix, the most frequent confusions, and precision, recall and F1 per class.
 
+  With more than 1,000 classes there is no matrix, and the table has those with the lowest F1.
+
   Args:
     logits: float (n, num_classes).
     labels: int (n,).
@@ -65,27 +68,36 @@ def confusion(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) ->
 
   n = len(classes)
   predicted = np.argmax(logits, axis=1)
-  matrix = confusion_matrix(labels, predicted, labels=np.arange(n))
+  svg = (
+    charts.confusion_matrix(confusion_matrix(labels, predicted, labels=np.arange(n)), classes) if n <= _MATRIX else ''
+  )
   per_class = precision_recall_fscore_support(labels, predicted, labels=np.arange(n), zero_division=np.nan)
-  errors = np.where(np.eye(n, dtype=bool), 0, matrix)
-  pairs = sorted(map(tuple, np.argwhere(errors).tolist()), key=lambda pair: (-matrix[pair], pair))
+  wrong = labels != predicted
+  found, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
+  pairs = sorted(zip(counts.tolist(), *found.tolist(), strict=True), key=lambda pair: (-pair[0], *pair[1:]))
+  support = np.bincount(labels, minlength=n)
+  order = np.arange(n) if n <= _ROWS else np.sort(np.argsort(per_class[2], kind='stable')[:_ROWS])
   return {
-    'svg': charts.confusion_matrix(matrix, classes),
+    'svg': svg,
     'numbers': n <= 20,
     'pairs': [
       {
         'true': classes[i],
         'predicted': classes[j],
-        'count': int(matrix[i, j]),
-        'share': matrix[i, j] / matrix[i].sum(),
+        'count': count,
+        'share': count / int(support[i]),
       }
-      for i, j in pairs[:10]
+      for count, i, j in pairs[:10]
     ],
     'num_pairs': len(pairs),
     'classes': [
-      {'name': name, 'precision': precision, 'recall': recall, 'f1': f1, 'count': int(count)}
-      for name, precision, recall, f1, count in zip(classes, *per_class, strict=True)
+      {
+        'name': classes[i],
+        **{key: x[i] for key, x in zip(('precision', 'recall', 'f1', 'count'), per_class, strict=True)},
+      }
+      for i in order.tolist()
     ],
+    'num_classes': n,
     'macro_f1': float(np.nanmean(per_class[2])),
   }
 
@@ -93,11 +105,11 @@ def confusion(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) ->
 def calibrate(
   logits: np.ndarray, labels: np.ndarray, validation_logits: np.ndarray, validation_labels: np.ndarray
 ) -> dict[str, Any]:
-  """Calibration on the test split before and after temperature scaling, which is fitted on the validation split.
+  """Calibration on a split before and after temperature scaling, which is fitted on the validation split.
 
   Args:
-    logits: float (n, num_classes), of the test split.
-    labels: int (n,), of the test split.
+    logits: float (n, num_classes), of the split.
+    labels: int (n,), of the split.
     validation_logits, validation_labels: the same of the validation split, which may be empty.
   """
 

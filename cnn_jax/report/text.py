@@ -9,9 +9,9 @@ TIMES = '\u00d7'  # the multiplication sign
 _LONGEST = 200  # characters of a name; a longer one would fill the page
 
 
-def clean(text: str) -> str:
+def clean(text: str, length: int = _LONGEST) -> str:
   """Prepares a name of a file, a class or a run for HTML and SVG: escapes control characters and cuts long text."""
-  return shorten(command.printable(text), _LONGEST)
+  return shorten(command.printable(text[: length + 1]), length)
 
 
 def shorten(text: str, length: int) -> str:

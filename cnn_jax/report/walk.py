@@ -1,4 +1,4 @@
-"""One test image on its way through the network: pixels, kernels, stages, pooled vector, logits, probabilities."""
+"""One image on its way through the network: pixels, kernels, stages, pooled vector, logits, probabilities."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,20 +26,20 @@ _KINDS = {
 
 
 def follow_image(subject: Subject, layers: Sequence[inspect.Layer]) -> dict[str, Any]:
-  """Follows the first test image that is classified correctly, or the first one, through the network.
+  """Follows the first image of the split that is classified correctly, or the first one, through the network.
 
   Args:
     subject: of the report.
     layers: of the network, from `inspect.layer_table`.
   """
-  correct = np.flatnonzero(subject.predicted == subject.test.labels)
+  correct = np.flatnonzero(subject.predicted == subject.split.labels)
   index = int(correct[0]) if len(correct) else 0
   image = subject.pixels(index)
   ((batch, _),) = subject.maps(np.array([index]))
   maps = {name: values[0] for name, values in batch.items()}
   return {
     'name': subject.name(index),
-    'true': subject.classes[subject.test.labels[index]],
+    'true': subject.classes[subject.split.labels[index]],
     'predicted': subject.classes[subject.predicted[index]],
     'picture': subject.picture(index),
     'shape': image.shape,
@@ -125,7 +125,7 @@ def _kernels(subject: Subject, image: np.ndarray) -> dict[str, Any]:
 
 def _stages(subject: Subject, maps: Mapping[str, np.ndarray], layers: Sequence[inspect.Layer]) -> list[dict[str, Any]]:
   """The strongest maps of the image per stage, and the parts of other images to which their channels respond most."""
-  run, count = subject.run, len(subject.test)
+  run, count = subject.run, len(subject.split)
   height, width = run.image_shape[:2]
   # Evenly spread, because a folder's images are sorted by class.
   sample = np.unique(
@@ -178,7 +178,7 @@ def _stages(subject: Subject, maps: Mapping[str, np.ndarray], layers: Sequence[i
 def _patch(
   subject: Subject, index: int, field: tuple[inspect.Field, inspect.Field] | None, place: tuple[int, int]
 ) -> np.ndarray:
-  """The pixels of a test image that a position of a map depends on, clear outside the image: uint8 (h, w, 4)."""
+  """The pixels of an image that a position of a map depends on, clear outside the image: uint8 (h, w, 4)."""
   image = subject.pixels(index)
   if field is None:
     return pictures.fit(pictures.cut(image, 0, 0, *image.shape[:2]))

@@ -2,7 +2,7 @@
 
     python -m cnn_jax.sweep --config=configs/digits.py --space=experiments/spaces/learning_rate.py --trials=30
       [--config.FIELD=VALUE] [--workers=N] [--sampler=tpe] [--pruner=median] [--seeds=3] [--study_seed=0]
-      [--workdir=DIR] [--storage=URL] [--study=NAME] [--heartbeat=10]
+      [--workdir=DIR] [--storage=URL] [--study=NAME] [--heartbeat=10] [--deadline=300]
 
 Each trial is a run in WORKDIR/trial_00012, which every command can read. No trial evaluates the test split. At the end
 the best trial and the unchanged config are trained again from --seeds seeds that no trial used, and these runs are
@@ -36,13 +36,15 @@ def main(argv: Sequence[str]) -> None:
 
     search.sweep(args, config)
   except UsageError as error:  # an error may quote an argument
-    raise UsageError(passwords.mask(str(error))) from error
+    raise UsageError(passwords.mask(str(error), passwords.find(argv))) from error
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
   parser = command.Parser(__doc__)
   command.add_config(parser)
-  parser.add_argument('--space', required=True, help='a space file: one of experiments/spaces/, or your own')
+  parser.add_argument(
+    '--space', type=command.local_path, required=True, help='a space file: one of experiments/spaces/, or your own'
+  )
   parser.add_argument('--trials', type=int, required=True, help='how many trials in total, earlier ones included')
   parser.add_argument('--workers', type=int, default=1, help='processes, each with its share of cores or GPUs (1)')
   parser.add_argument(
@@ -53,16 +55,26 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
     '--seeds', type=int, default=3, help='of the comparison at the end; 0: no comparison, no test (3)'
   )
   parser.add_argument('--study_seed', type=int, default=0, help='of the samplers (0)')
-  parser.add_argument('--workdir', help='default: runs/sweep-CONFIG-SPACE')
+  parser.add_argument('--workdir', type=command.local_path, help='default: runs/sweep-CONFIG-SPACE')
   parser.add_argument('--storage', help='URL of a database for several machines; default: a file in the workdir')
   parser.add_argument('--study', help='name of the study in the storage; default: CONFIG-SPACE')
   parser.add_argument(
     '--heartbeat', type=int, default=10, help='seconds between heartbeats; a trial that misses three is reassigned (10)'
   )
+  parser.add_argument(
+    '--deadline', type=int, default=300, help='seconds after which a worker that does nothing is replaced (300)'
+  )
   args, overrides = parser.parse_known_args(argv)
   if not args.config:
     raise UsageError('which experiment? give --config=configs/digits.py or another file of configs/.')
-  for name, least in (('trials', 1), ('workers', 1), ('seeds', 0), ('study_seed', 0), ('heartbeat', 1)):
+  for name, least in (
+    ('trials', 1),
+    ('workers', 1),
+    ('seeds', 0),
+    ('study_seed', 0),
+    ('heartbeat', 1),
+    ('deadline', 1),
+  ):
     if getattr(args, name) < least:
       raise UsageError(f'--{name} is {getattr(args, name)}; it must be at least {least}.')
   config = config_lib.load(args.config, overrides)
@@ -71,7 +83,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
   stem = f'{Path(args.config.partition(":")[0]).stem}-{Path(args.space).stem}'
   args.workdir = args.workdir or f'runs/sweep-{stem}'
   args.study = args.study or stem
-  args.command = shlex.join(['python', '-m', 'cnn_jax.sweep', *map(passwords.mask, argv)])
+  args.command = shlex.join(['python', '-m', 'cnn_jax.sweep', *passwords.mask_arguments(argv)])
   return args, config
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing.connection
 import time
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import optuna
 
 from cnn_jax import Stopped, UsageError
 from cnn_jax.sweep.progress import Progress
-from cnn_jax.sweep.trials import Lost, Trials
+from cnn_jax.sweep.trials import Exhausted, Lost, Repeated, Trials
 from cnn_jax.sweep.worker import Share, Task, Worker, shares
 
-_DEATHS = 3  # workers that may die while training one run, before the run is held responsible
+# How many workers may die, or fall silent, while training one run, before the run has failed.
+_DEATHS, _SILENCES = 3, 2
 _SECONDS_TO_STOP = 60.0
+_LEAST_USE = 0.001  # processor seconds per second of a worker that does something
 
 Event = tuple[str, str, Any, float]  # what happened, the name of the run, details, and seconds since the run started
 
@@ -26,6 +29,8 @@ class _Running:
   trial: optuna.Trial
   trial_id: int
   started: float
+  silent: float = 0.0  # seconds since the last sign that the worker does something
+  used: float = 0.0  # its processor seconds then
 
 
 class Pool:
@@ -34,11 +39,12 @@ class Pool:
   Args:
     workers: how many.
     heartbeat: seconds between two heartbeats of the running trials.
+    deadline: seconds after which a worker that has sent nothing and used no processor time is killed.
     stopping: returns whether to stop.
   """
 
-  def __init__(self, workers: int, heartbeat: float, stopping: Callable[[], bool]):
-    self._heartbeat, self._stopping = heartbeat, stopping
+  def __init__(self, workers: int, heartbeat: float, deadline: float, stopping: Callable[[], bool]):
+    self._heartbeat, self._deadline, self._stopping = heartbeat, deadline, stopping
     self._spare: list[Share] = shares(workers)  # of workers that have not been started
     self._workers: list[Worker] = []
     self._busy: dict[Worker, _Running] = {}
@@ -64,7 +70,7 @@ class Pool:
 
     Raises:
       Stopped: SIGTERM or Ctrl-C, after all runs were saved.
-      UsageError: a run cannot be trained here, or every worker that trains it dies.
+      UsageError: the data, the storage or the machine do not allow to train.
     """
     try:
       self._finish(trials, task_of, show)
@@ -77,8 +83,11 @@ class Pool:
 
   def _finish(self, trials: Trials, task_of: Callable[[str, int], tuple[optuna.Trial, Task]], show: Progress) -> None:
     last_beat = last_claim = float('-inf')
+    before = time.monotonic()
     while True:
       now = time.monotonic()
+      events = self._end_silent(trials, now - before, self._deadline)
+      before = now
       if now - last_beat >= self._heartbeat:
         last_beat = now
         self._beat(trials)
@@ -91,8 +100,7 @@ class Pool:
         if not self._busy and len(trials.finished()) == len(trials.runs):
           trials.tidy()
           return
-      for worker in self._ready():
-        event = self._receive(trials, worker)
+      for event in itertools.chain(events, (self._receive(trials, worker) for worker in self._ready())):
         if event[0] not in ('began', 'validation'):
           last_claim = float('-inf')
         show.event(*event)
@@ -105,6 +113,11 @@ class Pool:
   ) -> None:
     try:
       trial, task = task_of(*claimed)
+    except (Lost, Repeated):
+      return
+    except Exhausted:
+      trials.drop_the_rest(claimed[1])
+      return
     except Exception:
       with contextlib.suppress(Exception):
         trials.release(claimed[1])
@@ -131,6 +144,7 @@ class Pool:
     if worker not in self._busy:
       return 'late', '', None, 0.0
     running = self._busy[worker]
+    running.silent = 0.0
     if kind not in ('began', 'validation'):
       del self._busy[worker]
     seconds = time.monotonic() - running.started
@@ -158,7 +172,9 @@ class Pool:
       if kind == 'pruned':
         trials.finish(running.trial, None, {})
         return 'pruned', running.name, None, seconds
-      if kind in ('diverged', 'infeasible'):
+      if kind in ('diverged', 'infeasible', 'failed'):
+        if kind == 'failed':  # the process may have no memory left
+          self._end(worker)
         trials.finish(running.trial, None, {kind: values[0]})
         return kind, running.name, values[0], seconds
     except Lost:
@@ -172,20 +188,42 @@ class Pool:
       raise RuntimeError(f'{running.name} failed:\n{values[0]}')
     return 'stopped', running.name, None, seconds
 
-  def _died(self, trials: Trials, worker: Worker, stopping: bool) -> Event:
+  def _died(self, trials: Trials, worker: Worker, stopping: bool, silent: bool = False) -> Event:
     running = self._busy.get(worker)
     status = self._end(worker)
     if running is None:
       return 'late', '', None, 0.0
-    trials.release(running.trial_id)
-    self._deaths[running.name] = self._deaths.get(running.name, 0) + 1
+    deaths = self._deaths[running.name] = self._deaths.get(running.name, 0) + 1
     cause = f'by signal {-status}' if status < 0 else f'with status {status}'
-    if self._deaths[running.name] == _DEATHS and not stopping:
-      raise UsageError(
-        f'{_DEATHS} workers died while training {running.name}, the last one ended {cause}; see its log.txt, free '
-        'memory or use fewer --workers.'
-      )
-    return 'died', running.name, cause, time.monotonic() - running.started
+    cause = f'was silent for {running.silent:.0f} s and was killed' if silent else f'ended {cause}'
+    seconds = time.monotonic() - running.started
+    if deaths < (_SILENCES if silent else _DEATHS) or stopping:
+      trials.release(running.trial_id)
+      return 'died', running.name, cause, seconds
+    reason = f'{deaths} workers were lost while training it, the last one {cause}'
+    try:
+      trials.finish(running.trial, None, {'failed': reason})
+    except Lost:
+      return 'lost', running.name, None, seconds
+    return 'failed', running.name, reason, seconds
+
+  def _end_silent(self, trials: Trials, seconds: float, limit: float, stopping: bool = False) -> list[Event]:
+    """Kills the workers that neither send nor compute anything.
+
+    Args:
+      trials: of the runs.
+      seconds: since the last call.
+      limit: seconds of silence that are allowed.
+      stopping: see `_died`.
+    """
+    events = []
+    for worker, running in list(self._busy.items()):
+      running.silent += min(seconds, 1.0)  # more than that: this process was stopped as well
+      if (used := worker.processor_seconds()) - running.used > _LEAST_USE * running.silent:
+        running.silent, running.used = 0.0, used
+      elif running.silent > limit:
+        events.append(self._died(trials, worker, stopping, silent=True))
+    return events
 
   def _end(self, worker: Worker) -> int:
     """Kills a worker; another one gets its share."""
@@ -203,8 +241,12 @@ class Pool:
     """Stops all runs. They save their state, and the next process that claims them continues from it."""
     for worker in self._busy:
       worker.stop()
-    end = time.monotonic() + _SECONDS_TO_STOP
-    while self._busy and time.monotonic() < end:
+    before = time.monotonic()
+    end = before + _SECONDS_TO_STOP
+    while self._busy and before < end:
+      with contextlib.suppress(Exception):
+        self._end_silent(trials, time.monotonic() - before, min(self._deadline, _SECONDS_TO_STOP / 4), stopping=True)
+      before = time.monotonic()
       for worker in self._ready():
         with contextlib.suppress(Exception):  # runs are saved even if the storage cannot be told
           self._receive(trials, worker, stopping=True)

@@ -35,10 +35,15 @@ class Progress:
         'diverged': lambda: f'diverged after {last}',
         'infeasible': lambda: f'infeasible: {value}',
         'stopped': lambda: 'stopped and saved',
-        'died': lambda: f'its worker ended {value}; another worker continues it',
+        'failed': lambda: f'failed: {value}',
+        'died': lambda: f'its worker {value}; another worker continues it',
         'lost': lambda: 'taken over by another process',
       }[kind]()
       self._line.print(f'{name}: {outcome}, {seconds:.1f} s; {self._state()}')
+
+  def say(self, text: str) -> None:
+    """Prints a line."""
+    self._line.print(text)
 
   def draw(self) -> None:
     """Shows the runs in progress on a terminal."""

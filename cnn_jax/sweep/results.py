@@ -20,7 +20,7 @@ from cnn_jax.tables import markdown, mean_std
 BASELINE = 'default_seed_{seed}'  # the run of the unchanged config with the seed of the trials
 
 # Why a trial has no accuracy; the user attribute of that name holds the reason.
-_FAILURES = ('diverged', 'infeasible')
+_FAILURES = ('diverged', 'infeasible', 'failed')
 
 
 def best(finished: Mapping[str, FrozenTrial]) -> FrozenTrial | None:
@@ -60,6 +60,7 @@ def write(workdir: str | os.PathLike, trials: Trials, final: Trials | None, comm
   cells = [[_cell(name, value) for name, value in zip(header, row, strict=True)] for row in rows]
   parts += [
     f'## {len(rows)} trials, the best on validation first',
+    *([_repeats(trials).strip()] if _repeats(trials) else []),
     markdown([name.replace('_', ' ') for name in header], cells),
   ]
   if chosen is not None and final is not None:
@@ -71,8 +72,13 @@ def summary(trials: Trials, final: Trials | None) -> str:
   """The result of a sweep in a few lines."""
   chosen = best(trials.finished())
   assert chosen is not None
+  ends = [state(trial) for trial in trials.finished().values()]
+  counts = [f'{ends.count(name)} {name}' for name in ('complete', 'pruned', *_FAILURES) if name in ends]
   parameters = ', '.join(f'{name}={short(value)}' for name, value in chosen.params.items())
-  lines = [f'Best on validation: {chosen.user_attrs["run"]}, {chosen.value:.2%}: {parameters}.']
+  lines = [
+    f'{len(ends)} trials: {", ".join(counts)}.{_repeats(trials)}',
+    f'Best on validation: {chosen.user_attrs["run"]}, {chosen.value:.2%}: {parameters}.',
+  ]
   if final is not None:
     lines += [
       f'{label}: {accuracy} on validation, {test} on test (n = {n}).' for label, accuracy, _, test, n in _spreads(final)
@@ -80,9 +86,21 @@ def summary(trials: Trials, final: Trials | None) -> str:
   return '\n'.join(lines)
 
 
+def state(trial: FrozenTrial) -> str:
+  """How a trial ended: complete, pruned, diverged, infeasible or failed; the attribute of the last three says why."""
+  return next((name for name in _FAILURES if name in trial.user_attrs), trial.state.name.lower())
+
+
 def short(value: Any) -> str:
   """The value of a parameter with four significant digits."""
   return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _repeats(trials: Trials) -> str:
+  """A sentence about the proposals that were skipped, after a space; empty if there were none."""
+  if not (number := trials.num_repeats()):
+    return ''
+  return f' {number} {"proposal" if number == 1 else "proposals"} repeated an earlier trial and {"was" if number == 1 else "were"} skipped.'
 
 
 def _ranked(finished: Mapping[str, FrozenTrial]) -> list[FrozenTrial]:
@@ -93,7 +111,7 @@ def _ranked(finished: Mapping[str, FrozenTrial]) -> list[FrozenTrial]:
     loss = trial.user_attrs.get('validation_loss')
     return (
       trial.state != TrialState.COMPLETE,
-      _state(trial) in _FAILURES,
+      state(trial) in _FAILURES,
       -value,
       math.inf if loss is None else loss,
       trial.user_attrs['run'],
@@ -102,23 +120,19 @@ def _ranked(finished: Mapping[str, FrozenTrial]) -> list[FrozenTrial]:
   return sorted(finished.values(), key=key)
 
 
-def _state(trial: FrozenTrial) -> str:
-  return next((name for name in _FAILURES if name in trial.user_attrs), trial.state.name.lower())
-
-
 def _table(ranked: Sequence[FrozenTrial]) -> tuple[list[str], list[list[Any]]]:
   names = sorted({name for trial in ranked for name in trial.params})
   header = ['trial', 'state', 'validation_accuracy', 'validation_loss', 'epochs', 'parameters', *names, 'reason']
   rows = [
     [
       trial.user_attrs['run'],
-      _state(trial),
+      state(trial),
       trial.value,
       None if (loss := trial.user_attrs.get('validation_loss')) is None else round(loss, 6),
       trial.last_step,
       trial.user_attrs.get('num_parameters'),
       *(trial.params.get(name) for name in names),
-      trial.user_attrs.get(_state(trial)),
+      trial.user_attrs.get(state(trial)),
     ]
     for trial in ranked
   ]
@@ -141,7 +155,7 @@ def _comparison(chosen: FrozenTrial, final: Trials) -> str:
 
 def _on_validation(trial: FrozenTrial) -> str:
   if 'validation_accuracy' not in trial.user_attrs:
-    return f'nothing ({_state(trial)})'
+    return f'nothing ({state(trial)})'
   accuracy, loss = (trial.user_attrs[f'validation_{name}'] for name in ('accuracy', 'loss'))
   return f'{mean_std([accuracy])} on validation (loss {short(loss)})'
 
@@ -151,8 +165,8 @@ def _spreads(final: Trials) -> list[list[str]]:
   finished, rows = final.finished(), []
   for label, runs in itertools.groupby(final.runs[:-1], key=lambda run: run.split('_seed_')[0]):
     trials = [finished[run] for run in runs]
-    trained = [trial.user_attrs for trial in trials if _state(trial) not in _FAILURES]
-    failures = [_state(trial) for trial in trials if _state(trial) in _FAILURES]
+    trained = [trial.user_attrs for trial in trials if state(trial) not in _FAILURES]
+    failures = [state(trial) for trial in trials if state(trial) in _FAILURES]
     rows.append(
       [
         label,

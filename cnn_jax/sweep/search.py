@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +13,17 @@ from ml_collections import ConfigDict
 from optuna.storages import RDBStorage
 from optuna.trial import FixedTrial, FrozenTrial
 
-from cnn_jax import Diverged, Stopped, UsageError, command, record
+from cnn_jax import Diverged, Stopped, UsageError, command, passwords, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.sweep import plots, results
 from cnn_jax.sweep.pool import Pool
 from cnn_jax.sweep.progress import Progress
 from cnn_jax.sweep.space import Space, make_pruner, make_sampler
 from cnn_jax.sweep.storage import file_url, open_storage, open_study, storage_errors
-from cnn_jax.sweep.trials import Trials
+from cnn_jax.sweep.trials import Exhausted, Trials
 from cnn_jax.sweep.worker import Task
+
+_PROPOSALS = 5  # of a sampler for one trial that repeat an earlier one, before a new configuration is searched for
 
 
 def sweep(args: argparse.Namespace, config: ConfigDict) -> None:
@@ -37,12 +40,14 @@ def sweep(args: argparse.Namespace, config: ConfigDict) -> None:
   """
   warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
   optuna.logging.set_verbosity(optuna.logging.ERROR)
+  for handler in logging.getLogger('optuna').handlers:
+    handler.addFilter(_mask)
   space = Space(args.space, _with_validation(config, args.pruner))
   plan = _plan(args, config, space)
   url = args.storage or file_url(Path(args.workdir) / 'study.db')
   with contextlib.ExitStack() as stack:
     if not args.storage:
-      stack.enter_context(record.lock(args.workdir))
+      stack.enter_context(workdirs.lock(args.workdir))
     stack.enter_context(storage_errors(url))
     storage = open_storage(url, args.heartbeat)
     study = open_study(storage, args.study, plan)
@@ -52,7 +57,7 @@ def sweep(args: argparse.Namespace, config: ConfigDict) -> None:
     names = ', '.join(space.distributions)
     print(f'{args.trials} trials of {names}: sampler {args.sampler}, pruner {args.pruner}, {workers}.', flush=True)
     stopping = stack.enter_context(command.stop_signal())
-    pool = stack.enter_context(Pool(args.workers, args.heartbeat, stopping))
+    pool = stack.enter_context(Pool(args.workers, args.heartbeat, args.deadline, stopping))
     final = None
     try:
       _search(args, config, space, trials, pool)
@@ -63,7 +68,7 @@ def sweep(args: argparse.Namespace, config: ConfigDict) -> None:
     except Stopped:
       results.write(args.workdir, trials, None, args.command)
       raise Stopped(
-        f'Stopped after {len(trials.finished())} of {args.trials} trials; the same command continues from there.'
+        f'Stopped after {len(trials.finished())} of {len(trials.runs)} trials; the same command continues from there.'
       ) from None
     results.write(args.workdir, trials, final, args.command)
     if best is None:
@@ -73,17 +78,38 @@ def sweep(args: argparse.Namespace, config: ConfigDict) -> None:
     print(f'Tables and plots: {args.workdir}/results.md, results.csv and *.png.')
 
 
+def _mask(line: logging.LogRecord) -> bool:
+  line.msg, line.args = passwords.mask(line.getMessage()), ()
+  return True
+
+
 def _search(args: argparse.Namespace, config: ConfigDict, space: Space, trials: Trials, pool: Pool) -> None:
-  pruner = make_pruner(args.pruner, config.epochs)
+  pruner, show = make_pruner(args.pruner, config.epochs), Progress(trials)
+  identities: dict[int, str] = {}  # the configuration of each trial, by its number
 
   def task_of(name: str, trial_id: int) -> tuple[optuna.Trial, Task]:
-    sampler = make_sampler(args.sampler, space, args.study_seed, trials.runs.index(name))
+    seen: dict[str, str] = {}  # the run of each configuration
+    for run, earlier in trials.has_parameters().items():
+      if earlier.number not in identities:
+        identities[earlier.number] = space.identity(earlier.params)
+      if run != name:
+        seen.setdefault(identities[earlier.number], run)
+    index, repeats = trials.runs.index(name), trials.num_repeats(name)
+    sampler = make_sampler(args.sampler, space, args.study_seed, index, repeats)
+    if repeats >= _PROPOSALS:
+      if (unseen := space.unseen(seen, args.study_seed + index)) is None:
+        show.say(f'The space has no further configuration: {len(seen)} trials instead of {args.trials}.')
+        raise Exhausted
+      sampler = optuna.samplers.PartialFixedSampler(unseen, sampler)
     trial = trials.open(trial_id, sampler, pruner)
+    interrupted = bool(trial.params)
     made = space.config_of(trial)
+    if not interrupted and (earlier_run := seen.get(space.identity(trial.params))):
+      trials.repeat(trial, earlier_run)
     trials.suggested(trial)
-    return trial, Task(made.to_dict(), str(Path(args.workdir) / name), evaluate_test=False)
+    return trial, Task(made.to_dict(), str(Path(args.workdir) / name), False, config.data.to_dict())
 
-  pool.finish(trials, task_of, Progress(trials))
+  pool.finish(trials, task_of, show)
 
 
 def _train_again(
@@ -138,14 +164,19 @@ def _plan(args: argparse.Namespace, config: ConfigDict, space: Space) -> dict[st
   if args.sampler == 'grid':
     points = space.grid(args.study_seed)
     if args.trials > len(points):
-      print(f'The grid has {len(points)} points, so there are {len(points)} trials.')
+      print(f'The grid has {len(points)} different points, so there are {len(points)} trials.')
       args.trials = len(points)
     plan['the grid'] = points
   return plan | space.plan()
 
 
 def _nothing_completed(finished: Mapping[str, FrozenTrial], workdir: str) -> Exception:
-  reasons = [trial.user_attrs['infeasible'] for trial in finished.values() if 'infeasible' in trial.user_attrs]
-  if len(reasons) == len(finished):
-    return UsageError(f'all {len(finished)} trials are infeasible; the first one: {reasons[0]}')
+  states = {results.state(trial) for trial in finished.values()}
+  if states <= {'infeasible', 'failed'}:
+    first = next(iter(finished.values()))
+    what = {'infeasible': 'are infeasible', 'failed': 'have failed'}
+    return UsageError(
+      f'all {len(finished)} trials {" or ".join(what[state] for state in sorted(states))}; the first one: '
+      f'{first.user_attrs[results.state(first)]}'
+    )
   return Diverged(f'none of the {len(finished)} trials completed; see {workdir}/results.md.')

@@ -4,6 +4,7 @@ A space file is Python and is executed. It defines `suggest(trial, config)`, whi
 that Optuna's `trial` suggests. It may define `GRID`, the values that `--sampler=grid` uses of each parameter.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -12,7 +13,7 @@ import os
 import runpy
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,15 @@ import optuna
 import sqlalchemy.exc
 from ml_collections import ConfigDict
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FixedTrial
 
 from cnn_jax import UsageError
 from cnn_jax import config as config_lib
+from cnn_jax.sweep.worker import NO_VALIDATION
 
 _DRAWS = 32  # random configs that are checked before the first trial
+_MAX_POINTS = 10_000  # of a space that is searched for a new configuration point by point
+_MAX_DRAWS = 300  # random points of a larger space that are tried for that
 
 
 class Space:
@@ -41,7 +46,8 @@ class Space:
     distributions: the distribution of each parameter, by name.
 
   Raises:
-    UsageError: the space file is missing or wrong; names the file and, if possible, the line.
+    UsageError: the space file is missing or wrong, which names the file and, if possible, the line; or no config that
+      it makes has a validation split.
   """
 
   def __init__(self, path: str | os.PathLike, config: ConfigDict):
@@ -50,15 +56,18 @@ class Space:
     self.distributions: dict[str, BaseDistribution] = {}
     samplers = [_Corner(0), _Corner(-1), *_DRAWS * [optuna.samplers.RandomSampler(seed=0)]]
     storage = optuna.storages.InMemoryStorage()
-    configs = []
+    configs, validated = [], False
     for sampler in samplers:
       trial = optuna.create_study(storage=storage, study_name='', load_if_exists=True, sampler=sampler).ask()
       made = self.config_of(trial)
       try:
-        config_lib.check(made)
+        # A warm-up that is too long for some values of other fields is an outcome of the trial.
+        config_lib.check(ConfigDict(made.to_dict() | {'schedule': made.schedule.to_dict() | {'warmup_epochs': 0.0}}))
       except UsageError as error:
         raise UsageError(f'{self._path}: {error}') from error
-      configs.append(json.dumps(made.to_dict(), sort_keys=True))
+      # A folder and a TFDS set may have a validation split of their own.
+      validated |= made.data.validation > 0 or made.data.source != 'bundled'
+      configs.append(_identity(made))
       self.distributions |= trial.distributions
     if not self.distributions:
       raise UsageError(f'{path} suggests nothing; suggest(trial, config) must call trial.suggest_float or similar.')
@@ -66,6 +75,8 @@ class Space:
       raise UsageError(
         f'{path} makes the same config from all suggestions; suggest(trial, config) must set fields of the config.'
       )
+    if not validated:
+      raise UsageError(NO_VALIDATION)
     self.distributions = dict(sorted(self.distributions.items()))
     self._fingerprint = hashlib.sha256(''.join(configs).encode()).hexdigest()
 
@@ -86,6 +97,25 @@ class Space:
       raise self._blame(error) from error
     return config
 
+  def identity(self, params: Mapping[str, Any]) -> str:
+    """The config that a trial with these parameters has, as text: equal texts are equal trainings."""
+    return _identity(self.config_of(FixedTrial(dict(params))))
+
+  def unseen(self, seen: Collection[str], seed: int) -> dict[str, Any] | None:
+    """Parameters whose configuration is new.
+
+    Args:
+      seen: the configurations that are not new; see `identity`.
+      seed: of the order of the search.
+
+    Returns:
+      The parameters; None if a search of the whole space, or of many random points of a large one, finds none.
+    """
+    for trial in self._points(seed):
+      if _identity(self.config_of(trial)) not in seen:
+        return trial.params
+    return None
+
   def plan(self) -> dict[str, Any]:
     """Everything of the space that must stay the same during a study, by name; JSON."""
     space = {
@@ -93,14 +123,20 @@ class Space:
     }
     return space | {'the checksum of the configs that the space makes': self._fingerprint}
 
+  @functools.lru_cache(1)  # noqa: B019
   def grid(self, seed: int) -> list[dict[str, Any]]:
     """All points of the grid in random order, so that the first ones are an unbiased sample.
+
+    Of points with equal configs one is used.
 
     Raises:
       UsageError: a parameter is continuous and not in the file's `GRID`, or `GRID` does not fit the space.
     """
     levels = [self._levels(name, distribution) for name, distribution in self.distributions.items()]
-    points = [dict(zip(self.distributions, values, strict=True)) for values in itertools.product(*levels)]
+    every = [dict(zip(self.distributions, values, strict=True)) for values in itertools.product(*levels)]
+    points = every
+    if len(every) <= _MAX_POINTS:
+      points = list({self.identity(point): point for point in reversed(every)}.values())[::-1]
     return [points[i] for i in np.random.default_rng(seed).permutation(len(points))]
 
   def sobol(self, seed: int, index: int) -> dict[str, Any]:
@@ -112,6 +148,17 @@ class Space:
       engine.fast_forward(index)
     point = engine.random(1)[0]
     return {name: _quantile(d, float(u)) for (name, d), u in zip(self.distributions.items(), point, strict=True)}
+
+  def _points(self, seed: int) -> Iterator[optuna.trial.BaseTrial]:
+    """The points of a small finite space in random order, or random points of another."""
+    if math.prod(map(_num_values, self.distributions.values())) <= _MAX_POINTS:
+      points = list(itertools.product(*map(_all_values, self.distributions.values())))
+      for i in np.random.default_rng(seed).permutation(len(points)):
+        yield FixedTrial(dict(zip(self.distributions, points[i], strict=True)))
+    else:
+      study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+      for _ in range(_MAX_DRAWS):
+        yield study.ask()
 
   def _load(self) -> tuple[Callable, Mapping[str, Sequence[Any]]]:
     if not os.path.isfile(self._path):
@@ -139,13 +186,11 @@ class Space:
             f'{self._path}: {value!r} of GRID[{name!r}] is outside the range of suggest(): {distribution}.'
           )
       return self._grid[name]
-    if isinstance(distribution, CategoricalDistribution):
-      return distribution.choices
-    if isinstance(distribution, IntDistribution | FloatDistribution) and distribution.step:
-      return [_step(distribution, i) for i in range(_num_steps(distribution))]
-    raise UsageError(
-      f'{self._path}: a grid needs values of {name}; add GRID = {{{name!r}: (...)}}, or a step to suggest_float.'
-    )
+    if math.isinf(_num_values(distribution)):
+      raise UsageError(
+        f'{self._path}: a grid needs values of {name}; add GRID = {{{name!r}: (...)}}, or a step to suggest_float.'
+      )
+    return _all_values(distribution)
 
   def _blame(self, error: Exception) -> UsageError:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self._path]
@@ -155,7 +200,7 @@ class Space:
     return UsageError(f'{where}: {type(error).__name__}: {error}')
 
 
-def make_sampler(name: str, space: Space, seed: int, index: int) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, space: Space, seed: int, index: int, repeats: int = 0) -> optuna.samplers.BaseSampler:
   """Makes the sampler of one trial, seeded by the study's seed and the trial's index.
 
   Optuna does not store the state of a sampler. A sampler for the whole study would therefore restart from its seed when
@@ -167,14 +212,15 @@ def make_sampler(name: str, space: Space, seed: int, index: int) -> optuna.sampl
     space: the space to sample.
     seed: the study's seed.
     index: the number of the trial, from 0.
+    repeats: how many proposals for this trial repeated an earlier one; each gives another seed.
   """
-  own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+  own_seed = int(np.random.SeedSequence([seed, index, repeats] if repeats else [seed, index]).generate_state(1)[0])
   if name == 'tpe':
     return optuna.samplers.TPESampler(seed=own_seed)
   if name == 'cmaes':
     return optuna.samplers.CmaEsSampler(seed=own_seed, warn_independent_sampling=False)
   random = optuna.samplers.RandomSampler(seed=own_seed)
-  if name == 'random':
+  if name == 'random' or repeats:
     return random
   point = space.grid(seed)[index] if name == 'grid' else space.sobol(seed, index)
   return optuna.samplers.PartialFixedSampler(point, random)
@@ -200,6 +246,28 @@ def _allows(distribution: BaseDistribution, value: Any) -> bool:
     return value in distribution.choices
   assert isinstance(distribution, IntDistribution | FloatDistribution)
   return distribution.low <= value <= distribution.high
+
+
+def _num_values(distribution: BaseDistribution) -> float:
+  """The number of values of a distribution; infinite if it is continuous."""
+  if isinstance(distribution, CategoricalDistribution):
+    return len(distribution.choices)
+  assert isinstance(distribution, IntDistribution | FloatDistribution)
+  if distribution.step:
+    return _num_steps(distribution)
+  return 1 if distribution.single() else math.inf
+
+
+def _all_values(distribution: BaseDistribution) -> Sequence[Any]:
+  """The values of a distribution that is not continuous."""
+  if isinstance(distribution, CategoricalDistribution):
+    return distribution.choices
+  assert isinstance(distribution, IntDistribution | FloatDistribution)
+  return [_step(distribution, i) for i in range(_num_steps(distribution))] if distribution.step else [distribution.low]
+
+
+def _identity(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), sort_keys=True, default=str)
 
 
 class _Corner(optuna.samplers.RandomSampler):

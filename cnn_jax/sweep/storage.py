@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +19,19 @@ from optuna.storages import RDBStorage
 
 from cnn_jax import UsageError, passwords
 
+SECONDS_TO_ANSWER = 30.0  # that a database on another machine has for one transaction
+
 
 def file_url(path: str | os.PathLike) -> str:
-  """The URL of an SQLite file."""
+  """The URL of an SQLite file.
+
+  Raises:
+    UsageError: SQLite cannot open the file, because its path is not Unicode.
+  """
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError as error:
+    raise UsageError(f'the path {os.fspath(path)!r} is not UTF-8; use another --workdir.') from error
   return sqlalchemy.URL.create('sqlite', database=str(Path(path).resolve())).render_as_string()
 
 
@@ -62,12 +74,16 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
       # The default driver of SQLAlchemy depends on its version.
       found = [driver for driver in ('psycopg', 'psycopg2') if importlib.util.find_spec(driver)]
       parsed = parsed.set(drivername=f'postgresql+{found[0]}' if found else 'postgresql')
-    options: dict[str, Any] = {'pool_pre_ping': True}
+    options: dict[str, Any] = {}
+    deadline = _Deadline()
     if parsed.get_backend_name() == 'postgresql':
+      options['pool_events'] = deadline.pool_events
       # The kernel's own limits are minutes.
       options['connect_args'] = {'connect_timeout': 5, 'keepalives_idle': 10, 'tcp_user_timeout': 20_000}
     elif parsed.get_backend_name() == 'sqlite':
       options['connect_args'] = {'timeout': 60}
+    else:
+      options['pool_pre_ping'] = True
     try:
       storage = _create(parsed, options, heartbeat)
     except ImportError as error:
@@ -76,6 +92,8 @@ def open_storage(url: str, heartbeat: int) -> RDBStorage:
       ) from error
     if parsed.get_backend_name() == 'sqlite':
       _serialize(storage.engine)
+    elif parsed.get_backend_name() == 'postgresql':
+      deadline.explain(storage.engine)
     return storage
 
 
@@ -128,6 +146,48 @@ def _create(url: sqlalchemy.URL, options: Mapping[str, Any], heartbeat: int) -> 
         raise
       time.sleep(0.2)
   raise AssertionError
+
+
+class _Deadline:
+  """Cuts the connection of a transaction that takes too long, so that the call which waits for it fails.
+
+  The limits of the driver and of the kernel end with the handshake: a server that is stopped, or a proxy that forwards
+  nothing, still acknowledges what it is sent. The drivers have no limit for an answer.
+  """
+
+  def __init__(self) -> None:
+    self.pool_events = [(self._begin, 'checkout'), (self._end, 'checkin')]
+    self._engine: sqlalchemy.Engine | None = None
+    self._exceeded = False
+
+  def explain(self, engine: sqlalchemy.Engine) -> None:
+    """Tests connections before use, and names the cause in the exceptions of calls that were cut."""
+    self._engine = engine
+    sqlalchemy.event.listen(engine, 'handle_error', self._name_cause)
+
+  def _begin(self, connection: Any, record: Any, _: Any) -> None:
+    record.info['timer'] = timer = threading.Timer(SECONDS_TO_ANSWER, self._cut, [connection])
+    timer.daemon = True
+    timer.start()
+    try:
+      if self._engine is not None:
+        self._engine.dialect.do_ping(connection)
+    except Exception as error:  # of the driver: the connection was lost while it was not in use
+      timer.cancel()
+      raise sqlalchemy.exc.DisconnectionError from error  # the pool tries a new connection
+
+  def _end(self, _: Any, record: Any) -> None:
+    if 'timer' in record.info:
+      record.info.pop('timer').cancel()
+
+  def _cut(self, connection: Any) -> None:
+    self._exceeded = True
+    with contextlib.suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as copy:
+      copy.shutdown(socket.SHUT_RDWR)
+
+  def _name_cause(self, context: Any) -> None:
+    if self._exceeded:
+      raise sqlalchemy.exc.TimeoutError(f'no answer for {SECONDS_TO_ANSWER:.0f} s') from context.original_exception
 
 
 def _serialize(engine: sqlalchemy.Engine) -> None:

@@ -22,11 +22,19 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-_RUN, _SUGGESTED = 'run', 'suggested'  # user attributes of a trial
+_RUN, _SUGGESTED, _REPEATS = 'run', 'suggested', 'repeats'  # user attributes of a trial
 
 
 class Lost(Exception):
   """The trial was reassigned to another process, because this one missed its heartbeats."""
+
+
+class Repeated(Exception):
+  """The trial got the configuration of an earlier one; its run gets another trial."""
+
+
+class Exhausted(Exception):
+  """The space has no configuration left that no trial has."""
 
 
 class Trials:
@@ -111,6 +119,38 @@ class Trials:
     """
     with _lost_if_finished():
       trial.set_user_attr(_SUGGESTED, True)
+
+  def has_parameters(self) -> dict[str, FrozenTrial]:
+    """The trial of each run that has all its parameters."""
+    return {
+      run: trial for run, trial in self.live().items() if trial.state.is_finished() or trial.user_attrs.get(_SUGGESTED)
+    }
+
+  def repeat(self, trial: optuna.Trial, earlier: str) -> None:
+    """Fails a trial that repeats the configuration of an earlier run; see `num_repeats`.
+
+    Raises:
+      Repeated: always.
+    """
+    with contextlib.suppress(UpdateFinishedTrialError):
+      trial.set_user_attr(_REPEATS, earlier)
+    self.release(trial._trial_id)
+    raise Repeated
+
+  def num_repeats(self, run: str | None = None) -> int:
+    """How many trials, of one run or of all, repeated an earlier configuration and were not trained."""
+    return sum(
+      _REPEATS in t.user_attrs and t.user_attrs.get(_RUN) in ([run] if run else self.runs) for t in self._read()
+    )
+
+  def drop_the_rest(self, trial_id: int) -> None:
+    """Gives up a claimed run, and all others that nobody has claimed."""
+    self.release(trial_id)
+    kept = {run for run, t in self.live().items() if t.state != TrialState.WAITING or t.user_attrs.get(_SUGGESTED)}
+    for trial in self._read():
+      if trial.state == TrialState.WAITING and trial.user_attrs.get(_RUN) in set(self.runs) - kept:
+        self.release(self._trial_id(trial.number))
+    self.runs = [run for run in self.runs if run in kept]
 
   def report(self, trial: optuna.Trial, epoch: int, value: float) -> bool:
     """Reports an intermediate value; returns whether to prune.

@@ -6,6 +6,7 @@ validation whether to continue. It keeps the data set from run to run, and ends 
 
 import contextlib
 import dataclasses
+import errno
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -21,8 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import Diverged, Stopped, UsageError
+from cnn_jax import Diverged, Stopped, UsageError, passwords, workdirs
 
+NO_VALIDATION = 'there is no validation split to compare trials on; raise config.data.validation.'
 _SECONDS_TO_EXIT = 5.0
 
 
@@ -33,6 +35,7 @@ class Task:
   config: dict[str, Any]  # a ConfigDict as a plain dict, which pickles
   workdir: str
   evaluate_test: bool
+  data: dict[str, Any] | None = None  # the section `data` of the config that the trials vary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Worker:
     context = multiprocessing.get_context('spawn')  # JAX's threads do not survive a fork
     self.share = share
     self.connection, theirs = context.Pipe()
-    self._process = context.Process(target=_work, args=(theirs, share), daemon=True)
+    self._used = context.RawValue('d', 0.0)
+    self._process = context.Process(target=_work, args=(theirs, share, self._used), daemon=True)
     self._process.start()
     theirs.close()  # otherwise the end of the process would not end the connection
 
@@ -69,6 +73,10 @@ class Worker:
   def reply(self, prune: bool) -> None:
     """Answers a validation."""
     self._send(prune)
+
+  def processor_seconds(self) -> float:
+    """The processor time of the process, which grows unless it is stopped or waits for something."""
+    return self._used.value
 
   def stop(self) -> None:
     """Asks the process to stop; it saves the run in progress first."""
@@ -110,7 +118,9 @@ def serve(connection: multiprocessing.connection.Connection, before_task: Callab
 
   Sends for each task ('began', name of the data set), then ('validation', epoch, accuracy) after each validation,
   which waits for the answer whether to prune, and at the end one of ('done', result), ('pruned',), ('diverged', message),
-  ('infeasible', message), ('stopped',), ('usage', message) and ('bug', traceback).
+  ('infeasible', message), ('failed', message), ('stopped',), ('usage', message) and ('bug', traceback). A run that
+  cannot be trained is infeasible, one that ends with an error of its own has failed; `usage` is a fault of the data or
+  the machine, which concerns all runs.
 
   Args:
     connection: to the process of the sweep.
@@ -128,8 +138,10 @@ def serve(connection: multiprocessing.connection.Connection, before_task: Callab
       before_task(task)
       outcome = _train(task, loaded, connection)
     except Exception as error:
-      traceback.print_exc()
-      outcome = ('usage', str(error)) if isinstance(error, UsageError) else ('bug', traceback.format_exc())
+      with contextlib.suppress(OSError):  # a full disk
+        print(passwords.mask(traceback.format_exc()), file=sys.stderr, flush=True)
+      kind, reason = _outcome_of(error)
+      outcome = kind, passwords.mask(reason)  # it may quote the address of a tracker
     jax.clear_caches()  # a program serves one config; hundreds of them would fill the memory
     connection.send(outcome)
 
@@ -138,12 +150,27 @@ class _PrunedError(Exception):
   pass
 
 
+class _FailedError(Exception):
+  """Training ended with an exception, which is the cause of this one."""
+
+
+def _outcome_of(error: Exception) -> tuple[str, str]:
+  cause = error.__cause__ if isinstance(error, _FailedError) and error.__cause__ else error
+  root = cause.__cause__ if isinstance(cause, UsageError) else cause
+  if isinstance(root, OSError) and root.errno != errno.ENOMEM:  # the disk is full or broken, or nothing can be written
+    return 'usage', str(cause) if isinstance(cause, UsageError) else f'{root}; correct that'
+  if isinstance(error, _FailedError) or isinstance(root, MemoryError | OSError):
+    kind = '' if isinstance(cause, UsageError) else f'{type(cause).__name__}: '
+    return 'failed', f'{kind}{next(iter(str(cause).splitlines()), "")}'.removesuffix(': ')
+  return ('usage', str(error)) if isinstance(error, UsageError) else ('bug', traceback.format_exc())
+
+
 def _train(task: Task, loaded: dict[str, Any], connection: multiprocessing.connection.Connection) -> tuple[Any, ...]:
   import jax
   from ml_collections import ConfigDict
 
   from cnn_jax import config as config_lib
-  from cnn_jax import main
+  from cnn_jax import main, record
   from cnn_jax.data import load_dataset
 
   config = ConfigDict(task.config).lock()
@@ -155,11 +182,17 @@ def _train(task: Task, loaded: dict[str, Any], connection: multiprocessing.conne
   key = json.dumps(task.config['data'], sort_keys=True)
   if key not in loaded:
     loaded.clear()
-    loaded[key] = load_dataset(config.data)
+    try:
+      loaded[key] = load_dataset(config.data)
+    except UsageError as error:
+      if task.data is None or json.dumps(task.data, sort_keys=True) == key:
+        raise
+      load_dataset(ConfigDict(task.data))  # raises if it is no fault of the trial's values
+      return 'infeasible', str(error)
   dataset = loaded[key]
-  if not len(dataset.validation):
-    raise UsageError('there is no validation split to compare trials on; raise config.data.validation.')
   try:
+    if not len(dataset.validation):
+      raise UsageError(NO_VALIDATION)
     config_lib.check_data(config, len(dataset.train), len(dataset.class_names), dataset.train.images.shape[1:])
   except UsageError as error:
     return 'infeasible', str(error)
@@ -171,6 +204,8 @@ def _train(task: Task, loaded: dict[str, Any], connection: multiprocessing.conne
 
   connection.send(('began', dataset.name))
   _wait_for(task.workdir)
+  record.check_config(task.workdir, config)
+  record.read_result(task.workdir)
   try:
     result = main.train_and_evaluate(
       config, task.workdir, dataset=dataset, evaluate_test=task.evaluate_test, on_validation=on_validation
@@ -181,23 +216,27 @@ def _train(task: Task, loaded: dict[str, Any], connection: multiprocessing.conne
     return 'diverged', str(error)
   except Stopped:
     return ('stopped',)
+  except Exception as error:
+    raise _FailedError from error
   return 'done', result
 
 
 def _wait_for(workdir: str) -> None:
   """Waits until a process that missed its heartbeats has noticed that the run was reassigned, and unlocks its workdir."""
-  from cnn_jax import record
 
   end = time.monotonic() + 60
   while time.monotonic() < end:
-    with contextlib.suppress(UsageError), record.lock(workdir):
+    with contextlib.suppress(UsageError), workdirs.lock(workdir):
       return
     time.sleep(0.5)
+  with workdirs.lock(workdir):  # raises
+    pass
 
 
-def _work(connection: multiprocessing.connection.Connection, share: Share) -> None:
+def _work(connection: multiprocessing.connection.Connection, share: Share, used: Any) -> None:
   os.setsid()  # Ctrl-C in a terminal reaches the sweep alone, which then stops its workers, once
   threading.Thread(target=_end_with_parent, daemon=True).start()
+  threading.Thread(target=_measure, args=(used,), daemon=True).start()
   # All of this must precede the start of JAX.
   if share.cores:
     os.sched_setaffinity(0, share.cores)
@@ -231,6 +270,12 @@ def _end_with_parent() -> None:
   assert parent is not None
   multiprocessing.connection.wait([parent.sentinel])
   os.kill(os.getpid(), signal.SIGKILL)  # as the sweep was killed; the run continues from its last checkpoint
+
+
+def _measure(used: Any) -> None:
+  while True:
+    used.value = time.process_time()
+    time.sleep(1.0)
 
 
 def _divide(items: Sequence[Any], i: int, n: int) -> tuple[Any, ...]:

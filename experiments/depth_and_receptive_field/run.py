@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from cnn_jax import command, inspect, models, record
+from cnn_jax import command, inspect, models, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.config import default_config
 from cnn_jax.data import load_dataset
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
   found = study.found(args, dataset, measurements=measurements)
 
   def draw(path: Path) -> None:
-    run = load_run(record.seed_workdir(args.workdir / f'{len(features)}_stages', 0))
+    run = load_run(workdirs.seed_workdir(args.workdir / f'{len(features)}_stages', 0))
     plot(found, strongest_patches(run, dataset.test.images[: args.images]), path)
 
   results.publish(found, tables, args.output, draw)

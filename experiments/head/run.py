@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from cnn_jax import command, evaluate, record
+from cnn_jax import command, evaluate, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.config import default_config
 from cnn_jax.data import Split, load_dataset
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
   for name, fields in HEADS.items():
     workdir = args.workdir / name.replace(' + ', '_').replace(' ', '_')
     runs = study.train_seeds(config_lib.vary(config, fields), workdir, args.seeds, dataset)
-    moved = [_accuracies(record.seed_workdir(workdir, seed), dataset.test) for seed in range(args.seeds)]
+    moved = [_accuracies(workdirs.seed_workdir(workdir, seed), dataset.test) for seed in range(args.seeds)]
     accuracies = {'test': [run['test_accuracy'] for run in runs]}
     accuracies |= {images: [of_seed[images] for of_seed in moved] for images in moved[0]}
     measurements += [

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import command, evaluate, metrics, record
+from cnn_jax import command, evaluate, metrics, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, load_dataset
 from cnn_jax.run import load_run
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     return
   args.workdir /= 'chosen'
   runs = study.train_seeds(config, args.workdir, args.seeds, dataset)
-  averaged = [_averaged(record.seed_workdir(args.workdir, seed), dataset) for seed in range(args.seeds)]
+  averaged = [_averaged(workdirs.seed_workdir(args.workdir, seed), dataset) for seed in range(args.seeds)]
   accuracies = {'original image': [run['test_accuracy'] for run in runs], 'mean of five shifts': averaged}
   found = study.found(
     args,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import command, record
+from cnn_jax import command, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.data import load_dataset
 from cnn_jax.tables import markdown
@@ -90,7 +90,7 @@ def _validation(workdir: Path, seeds: int) -> list[dict[str, Any]]:
   """The validation accuracy of all seeds per epoch."""
   by_epoch: dict[int, list[float]] = {}
   for seed in range(seeds):
-    for line in map(json.loads, (record.seed_workdir(workdir, seed) / 'metrics.jsonl').read_text().splitlines()):
+    for line in map(json.loads, (workdirs.seed_workdir(workdir, seed) / 'metrics.jsonl').read_text().splitlines()):
       if line['split'] == 'validation':
         by_epoch.setdefault(line['epoch'], []).append(line['accuracy'])
   return [{'epoch': epoch, 'accuracy': results.summary(values)} for epoch, values in sorted(by_epoch.items())]

@@ -1,0 +1,222 @@
+"""Labels in a CSV file: a path, a label and, if there is such a column, a split in each row."""
+
+import collections
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from cnn_jax import UsageError, files
+from cnn_jax.data import layout, listing
+from cnn_jax.data.listing import File, Passed, text
+
+_MAX_BYTES = 2**29
+_DELIMITERS = ',;\t|'
+# Usual names of the columns, in lower case without blanks and plurals. Of each kind, a name of an earlier group counts
+# if several are there.
+_COLUMNS = {
+  'path': (
+    ('path', 'file', 'filename', 'filepath', 'imagepath', 'imagefile', 'imagefilename', 'imgpath', 'relativepath'),
+    ('image', 'img', 'picture', 'photo', 'imagename', 'imgname'),
+    ('imageid', 'imgid', 'id', 'name'),
+  ),
+  'label': (
+    ('label', 'classname', 'labelname', 'classlabel'),
+    ('class', 'category', 'target', 'species', 'breed', 'diagnosis'),
+    ('y',),
+  ),
+  'split': (('split', 'set', 'subset', 'partition', 'dataset'),),
+}
+
+
+class Row(NamedTuple):
+  """A row of a table: an image below `base`, its class, its split ('' if the table has none), and the row's line."""
+
+  path: str
+  label: str
+  split: str
+  line: int
+
+
+def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
+  """Lists the images of a table.
+
+  Args:
+    path: of the CSV file, UTF-8, with a header. Columns are separated by a comma, semicolon, tab or bar.
+    base: the directory that paths are relative to. A path may lack its suffix or its directory if one file fits.
+    skip: whether images that cannot be used are left out; otherwise they are an error.
+
+  Raises:
+    UsageError: the file is not such a table, files are missing, or rows contradict each other; names the first lines.
+  """
+  rows = list(_parse(path))
+  unlabelled = [row for row in rows if not row.label and layout.split_of(row.split) == 'test']
+  rows = [row for row in rows if row.label or layout.split_of(row.split) != 'test']
+  _check(path, 'have no label', [f'line {row.line}' for row in rows if not row.label], 'give it or remove them')
+  wrong = [f'{row.split!r} (line {row.line})' for row in rows if row.split and not layout.split_of(row.split)]
+  _check(path, 'have an unknown split', wrong, 'the splits are train, validation and test')
+  if any(row.split for row in rows):
+    _check(path, 'have no split', [f'line {row.line}' for row in rows if not row.split], 'give it to all or to none')
+  notes: list[str] = []
+  if unlabelled:
+    notes.append(
+      f'{len(unlabelled):,} rows of {text(path)} are of the test split and have no label; they are not used.'
+    )
+  found, problems = _find(path, base, rows)
+  listing.check(problems, base, skip=skip)
+  kept = _unique(path, rows, found, notes)
+  names = sorted({row.label for row, _ in kept})
+  class_names = layout.check_names(names, f'{path} has the classes')
+  labels = {name: label for label, name in enumerate(names)}
+  parts: dict[str, list[tuple[int, File]]] = {'train': []}
+  for row, file in kept:
+    parts.setdefault(layout.split_of(row.split) or 'train', []).append((labels[row.label], file))
+  trained = {label for label, _ in parts['train']}
+  missing = [name for name in names if labels[name] not in trained]
+  if missing or len(names) < 2:
+    raise UsageError(
+      f'{path} has no training image of the class {missing[0]!r}; add one, or remove the class.'
+      if missing
+      else f'{path} has {len(names)} classes; it needs at least two.'
+    )
+  ordered = {split: sorted(parts[split]) for split in layout.SPLITS if split in parts}
+  return layout.Layout(class_names, ordered, problems, notes)
+
+
+def _parse(path: str) -> Iterator[Row]:
+  lines = _read(path)
+  header = re.split('[\r\n]', lines, maxsplit=1)[0]
+  delimiter = max(_DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
+  reader = csv.reader(io.StringIO(lines, newline=''), delimiter=delimiter, skipinitialspace=True)
+  try:
+    columns = _columns(path, next(reader, []))
+    for cells in reader:
+      if not any(map(str.strip, cells)):
+        continue
+      if len(cells) <= max(columns.values()):
+        raise UsageError(f'{path} has {len(cells)} columns in line {reader.line_num}; correct that line.')
+      values = {name: cells[column].strip() for name, column in columns.items()}
+      if not values['path']:
+        raise UsageError(f'{path} has no file name in line {reader.line_num}; correct that line.')
+      yield Row(values['path'], values['label'], values.get('split', ''), reader.line_num)
+  except csv.Error as error:
+    raise UsageError(f'{path} is not a CSV file (line {reader.line_num}: {error}); correct it.') from None
+
+
+def _read(path: str) -> str:
+  try:
+    with files.open_regular(path) as file:
+      contents = file.read(_MAX_BYTES + 1)
+  except OSError as error:
+    raise UsageError(f'cannot read {path}: {error.strerror}; give a CSV file as config.data.table.') from None
+  if len(contents) > _MAX_BYTES:
+    raise UsageError(f'{path} has more than {_MAX_BYTES:,} bytes; give a smaller table.')
+  try:
+    lines = contents.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = contents.count(b'\n', 0, error.start) + 1
+    raise UsageError(f'{path} is not UTF-8 (line {line}); save it as CSV with the encoding UTF-8.') from None
+  if '\0' in lines:
+    raise UsageError(f'{path} is not a CSV file; save it as CSV with the encoding UTF-8.')
+  return lines
+
+
+def _columns(path: str, header: Sequence[str]) -> dict[str, int]:
+  """The numbers of the columns `path`, `label` and, if there is one, `split`."""
+  plain = [re.sub(r'[\W_]', '', cell.lower()) for cell in header]
+  chosen = {}
+  for kind, groups in _COLUMNS.items():
+    for group in groups:
+      matching = [i for i, cell in enumerate(plain) if cell in group or (cell[-1:] == 's' and cell[:-1] in group)]
+      if len(matching) > 1:
+        raise UsageError(
+          f'{path} has the columns {header[matching[0]]!r} and {header[matching[1]]!r}, either of which may be the '
+          f'{kind}; rename one to {kind} and the other to something else.'
+        )
+      if matching:
+        chosen[kind] = matching[0]
+        break
+  for kind in ('path', 'label'):
+    if kind not in chosen:
+      shown = listing.shorten([repr(cell[:40]) for cell in header], 10) or 'nothing'
+      raise UsageError(
+        f'{path} has no column for the {kind} in its first line ({shown}); name the columns path, label and, if the '
+        'splits are given, split.'
+      )
+  return chosen
+
+
+def _find(path: str, base: str, rows: Sequence[Row]) -> tuple[dict[str, File], list[File]]:
+  """The file of each path of the rows, and the entries that cannot be used."""
+  found: dict[str, File] = {}
+  problems, missing = [], []
+  index: dict[str, list[File]] | None = None
+  for row in rows:
+    if row.path in found:
+      continue
+    file = listing.look(os.path.join(base, os.path.normpath(row.path)))
+    if file is None and '\\' in row.path:  # written on Windows
+      file = listing.look(os.path.join(base, _plain(row.path)))
+    if file is None:
+      index = _index(base) if index is None else index
+      fitting = index.get(_plain(row.path), [])
+      if len(fitting) > 1:
+        raise UsageError(
+          f'{path} has {row.path!r} in line {row.line}, which {fitting[0].path} and {fitting[1].path} fit; give the '
+          'path with its directory and suffix, or set config.data.dir.'
+        )
+      file = fitting[0] if fitting else None
+    if file is None:
+      missing.append(f'{row.path!r} (line {row.line})')
+      continue
+    found[row.path] = file
+    if file.problem:
+      problems.append(file)
+  _check(path, f'name files that do not exist below {base}', missing, 'correct them, or set config.data.dir')
+  return found, problems
+
+
+def _index(base: str) -> dict[str, list[File]]:
+  """The files below a directory by the ends of their paths, with and without suffix."""
+  index: dict[str, list[File]] = collections.defaultdict(list)
+  for file in listing.walk(base, Passed()):
+    plain = _plain(os.path.relpath(file.path, base))
+    ends = [plain]
+    while '/' in ends[-1]:
+      ends.append(ends[-1].partition('/')[2])
+    for end in ends:
+      index[end].append(file)
+      index[os.path.splitext(end)[0]].append(file)
+  return index
+
+
+def _plain(path: str) -> str:
+  return os.path.normpath(path.replace('\\', '/'))
+
+
+def _unique(path: str, rows: Sequence[Row], found: dict[str, File], notes: list[str]) -> list[tuple[Row, File]]:
+  """One row for each file; checks that the rows of a file agree."""
+  first: dict[str, Row] = {}
+  kept, contradictions, repeated = [], [], 0
+  for row in rows:
+    file = found[row.path]
+    if file.problem:
+      continue
+    other = first.setdefault(file.path, row)
+    if other is row:
+      kept.append((row, file))
+    elif (other.label, layout.split_of(other.split)) == (row.label, layout.split_of(row.split)):
+      repeated += 1
+    else:
+      contradictions.append(f'{row.path!r} (lines {other.line} and {row.line})')
+  _check(path, 'contradict an earlier row of the same file', contradictions, 'give each file one label and one split')
+  if repeated:
+    notes.append(f'{repeated:,} rows of {text(path)} repeat an earlier row; they are not used.')
+  return kept
+
+
+def _check(path: str, what: str, examples: list[str], remedy: str) -> None:
+  if examples:
+    raise UsageError(f'{len(examples):,} rows of {path} {what}: {listing.shorten(examples)}; {remedy}.')

@@ -1,0 +1,105 @@
+"""Processes that train together agree before the first step, and end together, in one line each."""
+
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from cnn_jax import checkpoint
+from tests.faults import pairs
+from tests.faults.tools import folder_arguments, read_json, write_photographs
+
+pytestmark = pytest.mark.faults
+
+
+def _ended(processes, timeout, statuses):
+  ended = pairs.end(processes, timeout)
+  assert tuple(status for status, _, _ in ended) == statuses, ended
+  for _, _, stderr in ended:
+    assert pairs.is_one_line(stderr), stderr[-3000:]
+  return [stderr for _, _, stderr in ended]
+
+
+@pytest.mark.parametrize(
+  ('own', 'message'),
+  [
+    (((), ('--config.optimizer.learning_rate=0.01',)), 'config.optimizer.learning_rate is 0.01 in process 1 and 0.1'),
+    (((), ('--config.data.split_seed=3',)), 'in process 1 and 0 in process 0'),
+  ],
+)
+def test_another_config_is_refused_by_both(tmp_path, own, message):
+  lines = _ended(pairs.start_pair([tmp_path / 'w'] * 2, *pairs.TINY, own=own), 100, (2, 2))
+  assert message in lines[0]
+  assert all('start all processes with the same command' in line for line in lines)
+  assert not (tmp_path / 'w' / 'checkpoints').exists()
+
+
+def test_other_data_are_refused_by_both(tmp_path):
+  for name, count in (('one', 20), ('other', 21)):
+    write_photographs(tmp_path / name, count=count)
+  own = [[f'--config.data.dir={tmp_path / name}'] for name in ('one', 'other')]
+  lines = _ended(pairs.start_pair([tmp_path / 'w'] * 2, *folder_arguments(tmp_path / 'one'), own=own), 100, (2, 2))
+  assert all('in process 1 and ' in line for line in lines)
+  assert not (tmp_path / 'w' / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize(('devices', 'shared'), [(1, False), (2, True)])
+def test_all_stop_at_one_step_and_continue_there(tmp_path, devices, shared):
+  """The workdir of process 1 may be on a disk of its own: it gets step and state from process 0."""
+  workdirs = [tmp_path / 'w', tmp_path / ('w' if shared else 'another')]
+  processes = pairs.start_pair(workdirs, *pairs.TINY, devices=devices)
+  pairs.wait_for_steps(processes, workdirs[0], lines=8)
+  processes[1].send_signal(signal.SIGTERM)
+  lines = _ended(processes, 30, (143, 143))
+  assert lines[0] == lines[1]
+  assert 'Stopped and saved at step' in lines[0]
+  _ended(pairs.start_pair(workdirs, *pairs.TINY, devices=devices), 120, (0, 0))
+  assert shared or not (workdirs[1] / 'checkpoints').exists()
+  whole = [tmp_path / 'whole'] * 2
+  _ended(pairs.start_pair(whole, *pairs.TINY, devices=devices), 120, (0, 0))
+  (one, _, _), (two, _, _) = (checkpoint.restore(w / 'checkpoints') for w in (workdirs[0], whole[0]))
+  jax.tree.map(np.testing.assert_array_equal, one['params'], two['params'])
+  assert (workdirs[0] / 'metrics.jsonl').read_bytes() == (whole[0] / 'metrics.jsonl').read_bytes()
+  results = [read_json(w / 'result.json') for w in (workdirs[0], whole[0])]
+  assert results[0]['test_loss'] == results[1]['test_loss']
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_the_other_ends_in_time_if_one_is_lost(tmp_path, victim, number):
+  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *pairs.TINY, '--config.epochs=100')
+  pairs.wait_for_steps(processes, tmp_path / 'w', lines=4)
+  os.kill(processes[victim].pid, number)
+  started = time.monotonic()
+  try:
+    _, stderr = processes[1 - victim].communicate(timeout=30)
+  finally:
+    pairs.kill(processes)
+  assert processes[1 - victim].returncode == 143
+  assert time.monotonic() - started < 3 * pairs.HEARTBEAT + 3
+  assert pairs.is_one_line(stderr)
+  assert f'process {victim} has ended' in stderr
+  assert 'the same command continues' in stderr
+
+
+def test_a_full_disk_of_the_first_ends_both(tmp_path):
+  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *pairs.TINY, largest_file=5000)
+  lines = _ended(processes, 120, (2, 2))
+  assert 'cannot save the checkpoint of step' in lines[0]
+  assert lines[1].startswith('process 0: error: cannot save the checkpoint of step')
+
+
+def test_a_diverged_state_ends_both(tmp_path):
+  processes = pairs.start_pair([tmp_path / 'w'] * 2, *pairs.TINY, '--config.optimizer.learning_rate=1e25')
+  assert all('diverged' in line or 'learning_rate' in line for line in _ended(processes, 100, (3, 3)))
+
+
+def test_a_complete_run_is_complete_for_both(tmp_path):
+  workdirs = [tmp_path / 'w', tmp_path / 'v']
+  _ended(pairs.start_pair(workdirs, *pairs.TINY, '--config.epochs=2'), 120, (0, 0))
+  before = (tmp_path / 'w' / 'result.json').read_bytes()
+  _ended(pairs.start_pair(workdirs, *pairs.TINY, '--config.epochs=2'), 60, (0, 0))
+  assert (tmp_path / 'w' / 'result.json').read_bytes() == before
