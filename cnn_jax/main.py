@@ -67,7 +67,7 @@ def train_and_evaluate(
     config_lib.check_devices(adapted, jax.device_count())
     for line in lines:
       distribute.say(line)
-    peers.compare(seeds.facts(config, dataset))
+    peers.compare(lambda: seeds.facts(config, dataset))
     if primary:
       seeds.write_start(config, workdir)
     for line in overview.lines(dataset):

@@ -168,11 +168,11 @@ def first(function: Callable[[], Any]) -> Any:
   return json.loads(group.client.blocking_key_value_get(name, _DAY))
 
 
-def compare(facts: Mapping[str, Any]) -> None:
+def compare(find: Callable[[], Mapping[str, Any]]) -> None:
   """Checks that all processes, which must call this together, agree.
 
   Args:
-    facts: JSON values by name, such as {'config.seed': 0}.
+    find: returns JSON values by name, such as {'config.seed': 0}; not called without other processes.
 
   Raises:
     UsageError: in all processes; names the first process and the first fact that differ from those of process 0.
@@ -180,7 +180,7 @@ def compare(facts: Mapping[str, Any]) -> None:
   group = _group
   if group is None:
     return
-  name, mine = f'{_PREFIX}/facts', json.dumps(dict(facts), sort_keys=True)
+  name, mine = f'{_PREFIX}/facts', json.dumps(dict(find()), sort_keys=True)
   group.client.key_value_set(f'{name}/{group.me}', mine)
   expected, *others = (
     json.loads(group.client.blocking_key_value_get(f'{name}/{other}', _DAY)) for other in range(group.count)

@@ -262,7 +262,7 @@ def train(
   if step:
     distribute.say(f'Resuming at step {step:,} of {total_steps:,}.')
   elif primary:
-    identity.write_record(workdir, dataset)
+    identity.write_record(workdir, dataset, info['data'])
   state = distribute.replicate(distribute.from_first(state))
   examples = feed.Resident(dataset.train, config.batch_size, config.seed, made.capacity)
   evaluate_split = partial(evaluate.evaluate_split, made.model, batch_size=config.evaluation.batch_size)

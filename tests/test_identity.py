@@ -27,7 +27,7 @@ def _dataset(**changes):
 
 def _differences(tmp_path, changed, before=None):
   before = before or _dataset()
-  identity.write_record(tmp_path, before)
+  identity.write_record(tmp_path, before, identity.identify(before))
   return identity.find_differences(identity.identify(before), changed, tmp_path / 'data.csv')
 
 
@@ -97,7 +97,8 @@ def test_names_that_are_not_utf8_are_recorded(tmp_path):
 
 
 def test_the_record_of_a_set(tmp_path):
-  identity.write_record(tmp_path, _dataset(notes=('a note',), skipped=(('cat/9.png', 'empty'),)))
+  noted = _dataset(notes=('a note',), skipped=(('cat/9.png', 'empty'),))
+  identity.write_record(tmp_path, noted, identity.identify(noted))
   about = json.loads((tmp_path / 'data.json').read_text())
   assert about['notes'] == ['a note'] and about['skipped'] == [['cat/9.png', 'empty']]
   assert about['identity'] == identity.identify(_dataset())

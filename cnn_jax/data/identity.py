@@ -106,7 +106,7 @@ def find_differences(recorded: Mapping[str, Any], dataset: Dataset, listing: str
   return '; '.join(found[:_SHOWN]) + (f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else '')
 
 
-def write_record(workdir: str | os.PathLike, dataset: Dataset) -> None:
+def write_record(workdir: str | os.PathLike, dataset: Dataset, identified: Mapping[str, Any]) -> None:
   """Writes what is known about a data set: data.json and, if the images are files, data.csv.
 
   data.json holds the name, the provenance, the identity, the notes and the files that were left out. data.csv names
@@ -115,13 +115,14 @@ def write_record(workdir: str | os.PathLike, dataset: Dataset) -> None:
   Args:
     workdir: locked by this process.
     dataset: that the run trains on.
+    identified: its identity, from `identify`.
 
   Raises:
     UsageError: a file cannot be written.
   """
   about = {name: getattr(dataset, name) for name in ('name', 'provenance', 'notes', 'skipped')}
   try:
-    text = json.dumps(files.plain(about | {'identity': identify(dataset)}), indent=2, sort_keys=True)
+    text = json.dumps(files.plain(about | {'identity': identified}), indent=2, sort_keys=True)
     files.write_atomically(os.path.join(workdir, 'data.json'), text + '\n')
     if dataset.train.names is not None:
       with files.open_atomically(os.path.join(workdir, LISTING)) as stream:
