@@ -1,5 +1,5 @@
 # `make train` and `make test` do all the set-up from a bare clone: a Python >= 3.11 and a package registry are enough.
-.PHONY: train test faults reproduce lint docs setup clean
+.PHONY: train photographs test faults reproduce lint docs setup clean
 
 # The newest working Python with a file in constraints/, otherwise any from 3.11 on. A pyenv shim may fail; the versions
 # that pyenv has installed work.
@@ -10,6 +10,11 @@ PYTHON ?= $(shell for v in 3.13 3.12 3.11 3; do \
 
 train: .venv/installed
 	.venv/bin/python -m cnn_jax.main --config=configs/mnist.py $(ARGS)
+
+# Fine-tunes a network with ImageNet weights for the classes of a folder: make photographs DIR=FOLDER
+photographs: .venv/installed
+	@test -n "$(DIR)" || { echo 'error: which folder? make photographs DIR=FOLDER, with one folder of photographs per class' >&2; exit 2; }
+	.venv/bin/python -m cnn_jax.main --config=configs/photographs.py --config.data.dir="$(DIR)" $(ARGS)
 
 # From Python 3.12 on, coverage is measured by sys.monitoring, which costs little; tracing adds a quarter to the time.
 test: .venv/installed

@@ -140,6 +140,26 @@ def restore(
   )
 
 
+def remove_later(directory: str | os.PathLike, step: int) -> None:
+  """Removes the checkpoints after a step, the newest first; does nothing if there is no checkpoint of that step.
+
+  Args:
+    directory: of the checkpoints; belongs to this process.
+    step: of the one that is then the last.
+
+  Raises:
+    UsageError: one cannot be removed.
+  """
+  directory = Path(directory).absolute()
+  try:
+    found = _checkpoints(directory)
+    for later in [other for other in reversed(found) if other > step and step in found]:
+      found[later].rename(directory / f'.tmp-{later}')  # see `_prune`
+    clean(directory)
+  except OSError as error:
+    raise UsageError(f'cannot remove checkpoints in {directory}: {error.strerror}; correct that.') from error
+
+
 def score(info: Mapping[str, Any]) -> float | None:
   """By how much a checkpoint counts as the best, in [0, 1]; None if its state was not validated."""
   value = next((info[name] for name in _SCORES if name in info), None)

@@ -141,6 +141,12 @@ def prepare_backend() -> None:
   _use_compile_cache()
 
 
+def return_freed_memory() -> None:
+  """Returns the memory that the process has freed to the system, after something large; Linux with glibc only."""
+  if sys.platform == 'linux' and hasattr(library := ctypes.CDLL(None), 'malloc_trim'):
+    library.malloc_trim(ctypes.c_size_t(0))
+
+
 def _use_compile_cache() -> None:
   """Keeps compiled programs in the cache directory, so that only the first run of a config compiles."""
   import jax

@@ -1,4 +1,4 @@
-"""The fields of an experiment, config files and overrides, and the checks that run before anything slow starts."""
+"""Config files and overrides of their fields, and the checks that run before anything slow starts."""
 
 import importlib.util
 import pathlib
@@ -9,127 +9,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnn_jax import UsageError, files, models, rules
+from cnn_jax.data.augment import Statistics
+from cnn_jax.fields import RULES
+from cnn_jax.fields import default_config as default_config
 from cnn_jax.small_sets import adapt as adapt
 
-
-def default_config(model: str = 'cnn') -> ConfigDict:
-  """The base that every file in `configs/` starts from: all fields, each read by something.
-
-  Args:
-    model: the network, whose fields are the section `model`; see `cnn_jax.models`.
-
-  Returns:
-    A locked `ConfigDict`: setting a field that is not here is an error.
-
-  Raises:
-    UsageError: there is no such network.
-  """
-  config = ConfigDict()
-  config.seed = 0  # of initialisation, order, augmentation and dropout
-  config.seeds = 1  # how many runs, one after another, from `seed`, `seed` + 1, ...
-  config.batch_size = 128  # images per step over all devices of all processes
-  config.epochs = 12  # passes over the training split
-  config.init_from = ''  # workdir of a run whose weights to start from: fine-tuning
-  config.min_steps = 0  # at least this many steps: a small set gets more epochs than `epochs`
-  config.adapt_to_data = False  # smaller batches, another rate and warm-up for a small set; see small_sets.py
-
-  config.data = data = ConfigDict()
-  data.source = 'auto'  # tfds | folder | bundled | auto (prepared TFDS set, else bundled)
-  data.name = 'mnist'  # TFDS name, or the bundled set: mnist | digits
-  data.dir = ''  # the image folder, or the TFDS data directory ('': $TFDS_DATA_DIR)
-  data.table = ''  # CSV file of paths below `dir` (by default its own folder), labels and, if wanted, splits
-  data.image_size = 0  # pixels a side of the model's input (0: as the set has it)
-  data.channels = 0  # 1 grey, 3 RGB (0: as the set has it)
-  data.resize = 'crop'  # other sizes: crop (shorter side, centre) | pad (letterbox) | stretch
-  data.bit_depth = 0  # of the levels of 16-bit files: 8 | 10 | 12 | 14 | 16 (0: the fewest that hold those of the set)
-  data.on_bad_image = 'error'  # images that cannot be read: error | skip (leave them out, and list them in the record)
-  data.validation = 0.1  # part of train held out for selection
-  data.test = 0.1  # part held out for the test if the set has no test split of its own
-  data.split_seed = 0  # of the rule that carves them out; not `seed`, so that all seeds share a split
-
-  config.augment = augment = ConfigDict()
-  augment.shift = 0  # random translation by up to this many pixels each way
-  augment.padding = 'constant'  # of the pixels that move in: constant (the level of the corners) | reflect
-  augment.flip = False  # mirror left-right with probability 1/2
-  augment.rotate = 0.0  # random rotation by up to this many degrees each way
-  augment.scale = 0.0  # random zoom by a factor in [1 - scale, 1 + scale]
-  augment.erase = 0.0  # probability of erasing a random rectangle
-  augment.brightness = 0.0  # add a uniform number in [-b, b], of the range [0, 1]
-  augment.contrast = 0.0  # multiply the distance to the mean by a factor in [1 - c, 1 + c]
-  augment.mixup = 0.0  # alpha of mixup's Beta(alpha, alpha); 0: off
-  augment.cutmix = 0.0  # alpha of CutMix's Beta(alpha, alpha); 0: off
-
-  config.model = models.default_config(model)  # the fields of the network; see its file in cnn_jax/models/
-
-  config.optimizer = optimizer = ConfigDict()
-  optimizer.name = 'sgd'  # sgd | adamw | lion | muon
-  optimizer.learning_rate = 0.1  # the schedule's peak
-  optimizer.momentum = 0.9  # sgd's and muon's momentum; b1 of adamw and lion
-  optimizer.nesterov = True  # sgd and muon
-  optimizer.b2 = 0.999  # adamw and lion
-  optimizer.weight_decay = 5e-3  # decoupled, times the learning rate; kernels only
-  optimizer.clip_norm = 0.0  # largest global gradient norm; 0: off
-
-  config.schedule = schedule = ConfigDict()
-  schedule.name = 'one_cycle'  # constant | cosine | one_cycle | linear
-  schedule.warmup_epochs = 2.0  # linear from zero (one_cycle: cosine from a 25th of the peak)
-  schedule.end = 0.0  # the last learning rate, as a fraction of the peak
-
-  config.loss = loss = ConfigDict()
-  loss.label_smoothing = 0.0
-
-  config.evaluation = evaluation = ConfigDict()
-  evaluation.batch_size = 1000  # images per call over all devices
-  evaluation.every_epochs = 1  # epochs between validations; the last epoch always ends with one
-  evaluation.min_steps = 20  # at least this many steps between validations: tiny epochs share one
-  evaluation.ema_decay = 0.0  # evaluate an exponential average of parameters and statistics; 0: off
-
-  config.checkpoint = checkpoint = ConfigDict()
-  checkpoint.every_epochs = 1
-  checkpoint.every_minutes = 10.0  # and inside long epochs
-  checkpoint.keep = 2  # how many of the newest to keep, beside the best on validation
-
-  config.log = log = ConfigDict()
-  log.every_steps = 25  # steps per line of metrics.jsonl
-  log.tensorboard = True
-  log.trackers = ()  # experiment trackers that get the same numbers: wandb | mlflow
-  log.report = True  # write report.html at the end, if one process trains alone
-  return config.lock()
-
-
-# The values that fields may have; see `rules.check_value`. Those of the section `model` are in the file of the network.
-RULES: dict[str, Any] = {
-  'seed': 'seed',
-  'data.split_seed': 'seed',
-  'seeds': 'positive',
-  'batch_size': 'positive',
-  'epochs': 'positive',
-  'data.source': ('auto', 'tfds', 'folder', 'bundled'),
-  'data.resize': ('crop', 'pad', 'stretch'),
-  'data.channels': (0, 1, 3),
-  'data.bit_depth': (0, 8, 10, 12, 14, 16),
-  'data.on_bad_image': ('error', 'skip'),
-  'data.validation': 'below one',
-  'data.test': 'below one',
-  'augment.padding': ('constant', 'reflect'),
-  'augment.scale': 'below one',
-  'augment.erase': 'at most one',
-  'augment.brightness': 'below one',
-  'augment.contrast': 'below one',
-  'optimizer.name': ('sgd', 'adamw', 'lion', 'muon'),
-  'optimizer.learning_rate': 'positive',
-  'optimizer.momentum': 'below one',
-  'optimizer.b2': 'below one',
-  'schedule.name': ('constant', 'cosine', 'one_cycle', 'linear'),
-  'loss.label_smoothing': 'below one',
-  'evaluation.batch_size': 'positive',
-  'evaluation.every_epochs': 'positive',
-  'evaluation.ema_decay': 'below one',
-  'checkpoint.every_epochs': 'positive',
-  'checkpoint.every_minutes': 'positive',
-  'checkpoint.keep': 'positive',
-  'log.every_steps': 'positive',
-}
 TRACKERS = ('wandb', 'mlflow')
 
 # Names that fields had in version 0.1, which wrote them into config.json.
@@ -253,14 +137,31 @@ def check(config: ConfigDict) -> None:
   rule_of = RULES | {f'model.{field}': rule for field, rule in models.rules(config.model.name).items()}
   for field, value in leaves(config):
     rules.check_value(f'config.{field}', value, rule_of.get(field))
+  rules.check_statistics(config.data, config.data.channels)
+  rules.check_class_weights(config)
+  rules.check_stage_rates(config.optimizer.stage_rates)
   for place in (config.data.dir, config.init_from):
     if '://' in place:
       files.local_path(place)  # raises
   for tracker in config.log.trackers:
     if tracker not in TRACKERS:
       raise UsageError(f'config.log.trackers holds {tracker!r}; the trackers are: {", ".join(TRACKERS)}.')
+  if config.evaluation.views and not (config.augment.flip or config.augment.shift):
+    raise UsageError(
+      'config.evaluation.views averages over flips and shifts, but config.augment has neither; turn one of them on.'
+    )
   if not config.min_steps:  # otherwise the number of epochs depends on the data; see `check_data`
     _check_warmup(config, config.epochs)
+
+
+def statistics(config_data: ConfigDict) -> Statistics:
+  """The statistics with which images are normalised.
+
+  Args:
+    config_data: the section `config.data`, checked.
+  """
+  mean, std = (tuple(float(x) for x in values) for values in (config_data.mean, config_data.std))
+  return Statistics(mean or (127.5,), std or (127.5,))
 
 
 def _one_line(error: BaseException) -> str:
@@ -308,24 +209,34 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     )
 
 
-def check_data(config: ConfigDict, num_train: int, num_classes: int, image_shape: Sequence[int]) -> None:
+def check_data(
+  config: ConfigDict, num_train: int, num_classes: int, image_shape: Sequence[int], num_validation: int = 1
+) -> None:
   """Checks a config against the data that it is to train on.
 
   Args:
     num_train: training images.
     num_classes: classes of the data.
     image_shape: (height, width, channels).
+    num_validation: validation images.
 
   Raises:
-    UsageError: a batch larger than the split, a shift larger than the image, a warm-up as long as the training, or
-      images too small for the network.
+    UsageError: a batch larger than the split, a shift larger than the image, a warm-up as long as the training,
+      images too small for the network, other weights than one per class, more rates than stages, or patience without
+      validation.
   """
   config, _ = adapt(config, num_train)
+  rules.check_class_weights(config, num_classes)
+  if config.evaluation.patience and not num_validation:
+    raise UsageError(
+      'config.evaluation.patience needs a validation split; set config.data.validation, or patience to 0.'
+    )
   if config.batch_size > num_train:
     raise UsageError(
       f'config.batch_size is {config.batch_size} but there are {num_train} training images; make it at most {num_train}.'
     )
-  height, width = image_shape[:2]
+  height, width, channels = image_shape
+  rules.check_statistics(config.data, channels)
   side = min(height, width)
   if config.augment.shift >= side:
     raise UsageError(
@@ -335,7 +246,7 @@ def check_data(config: ConfigDict, num_train: int, num_classes: int, image_shape
   if epochs * steps_per_epoch(config, num_train) >= 2**31:
     raise UsageError(f'config.epochs and config.min_steps ask for {epochs} epochs; a run has less than {2**31} steps.')
   _check_warmup(config, epochs)
-  models.check_images(config.model, num_classes, image_shape)
+  rules.check_stage_rates(config.optimizer.stage_rates, models.check_images(config.model, num_classes, image_shape))
 
 
 def steps_per_epoch(config: ConfigDict, num_train: int) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import re
 from typing import Any
@@ -130,6 +131,22 @@ def from_first(tree: Any) -> Any:
 def replicate(tree: Any) -> Any:
   """Copies a tree of arrays to every local device."""
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """An array with arbitrary contents that `replicate` does not copy to the first device of a CPU.
+
+  JAX uses the memory of an array as it is if it starts at a multiple of 64 bytes. So the array must not change later.
+
+  Args:
+    shape: of the array.
+    dtype: of the array.
+  """
+  dtype = np.dtype(dtype)
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def shard(array: np.ndarray) -> jax.Array:

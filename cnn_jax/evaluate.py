@@ -1,10 +1,11 @@
 """Exact evaluation: every example of a split counts exactly once, on any number of devices. Also a command.
 
-python -m cnn_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=last] [--top_k=K] [--tta] [--calibrate]
+python -m cnn_jax.evaluate --workdir=DIR [--split=test] [--checkpoint=last] [--top_k=K] [--[no-]tta] [--calibrate]
 python -m cnn_jax.evaluate --workdir=DIR --data_dir=FOLDER                 # new images, FOLDER/<class>/*
 python -m cnn_jax.evaluate --workdir=DIR --data_dir=FOLDER --split=test    # the data set of the run, elsewhere
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -19,45 +20,55 @@ import numpy as np
 from jax import lax
 
 from cnn_jax import UsageError, calibration, command, distribute, metrics, models
+from cnn_jax import config as config_lib
 from cnn_jax.data import Split
-from cnn_jax.data.augment import normalize, warp
+from cnn_jax.data.augment import Statistics, normalize
+from cnn_jax.data.geometry import translate
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def eval_step(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=('model', 'statistics'))
+def eval_step(model: nn.Module, variables: Any, images: jax.Array, statistics: Statistics) -> jax.Array:
   """Computes the logits of one batch.
 
   Args:
     model: the network.
     variables: `{'params', 'batch_stats'}`.
     images: uint8 (batch, height, width, channels).
+    statistics: of the network's input; see `config.statistics`.
 
   Returns:
     float32 (batch, num_classes).
   """
-  return _in_chunks(lambda images: models.infer(model, variables, normalize(images))[0], images)
+  return _in_chunks(lambda images: models.infer(model, variables, normalize(images, statistics))[0], images)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'padding'))
+@functools.partial(jax.jit, static_argnames=('model', 'statistics', 'padding'))
 def view_step(
-  model: nn.Module, variables: Any, images: jax.Array, mirror: jax.Array, shift: jax.Array, padding: str
+  model: nn.Module,
+  variables: Any,
+  images: jax.Array,
+  statistics: Statistics,
+  mirror: jax.Array,
+  shift: jax.Array | None,
+  padding: str,
 ) -> jax.Array:
   """Computes the log-probabilities of one batch after mirroring and shifting.
 
   Args:
-    model, variables, images: as `eval_step`.
+    model, variables, images, statistics: as `eval_step`.
     mirror: bool (), whether to exchange left and right.
-    shift: int32 (2,), pixels down and to the right.
-    padding: how to fill the pixels from outside the image; see `augment.warp`.
+    shift: int32 (2,), pixels down and to the right, at most one each; None: none.
+    padding: how to fill the pixels from outside the image; see `geometry.translate`.
 
   Returns:
     float32 (batch, num_classes).
   """
 
   def log_probabilities(images):
-    n = len(images)
-    view = warp(images, jnp.full(n, mirror), jnp.zeros(n), jnp.ones(n), jnp.broadcast_to(shift, (n, 2)), padding)
-    return jax.nn.log_softmax(models.infer(model, variables, normalize(view))[0])
+    view = jnp.where(mirror, images[:, :, ::-1], images)
+    if shift is not None:
+      view = translate(view, jnp.broadcast_to(shift, (len(images), 2)), 1, padding)
+    return jax.nn.log_softmax(models.infer(model, variables, normalize(view, statistics))[0])
 
   return _in_chunks(log_probabilities, images)
 
@@ -111,8 +122,26 @@ def tta_views(config_augment: Any) -> Views:
   return Views(tuple((mirror, *shift) for mirror in mirrors for shift in shifts), config_augment.padding)
 
 
+def run_views(config: Any, tta: bool | None = None) -> Views | None:
+  """The views over which the predictions of a run are averaged; None: there are none.
+
+  Args:
+    config: of the run.
+    tta: whether to average; None: as the run does itself, `config.evaluation.views`.
+
+  Raises:
+    UsageError: see `tta_views`.
+  """
+  return tta_views(config.augment) if (config.evaluation.views if tta is None else tta) else None
+
+
 def compute_logits(
-  model: nn.Module, variables: Any, images: Any, batch_size: int, views: Views | None = None
+  model: nn.Module,
+  variables: Any,
+  images: Any,
+  statistics: Statistics,
+  batch_size: int,
+  views: Views | None = None,
 ) -> np.ndarray:
   """Computes the logits of many images, over all devices of all processes.
 
@@ -120,6 +149,7 @@ def compute_logits(
     model: the network.
     variables: `{'params', 'batch_stats'}`.
     images: uint8 (n, height, width, channels), n >= 0; an array, or an object that returns an array for a slice.
+    statistics: of the network's input; see `config.statistics`.
     batch_size: images per call over all devices, rounded up to a multiple of their number. The last batch is padded,
       and the logits of the padding are dropped.
     views: average over these views. Probabilities are averaged rather than logits, so that one view with a confident
@@ -138,25 +168,50 @@ def compute_logits(
   for start in range(first, end, size):
     batch = np.asarray(images[start : min(start + size, end)])
     padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-    result = _batch_logits(model, variables, distribute.shard(padded), views)
+    result = _batch_logits(model, variables, distribute.shard(padded), statistics, views)
     logits[start - first : start - first + len(batch)] = np.asarray(result)[: len(batch)]
   return distribute.gather(logits)[: len(images)]
 
 
-def _batch_logits(model: nn.Module, variables: Any, images: jax.Array, views: Views | None) -> jax.Array:
+def _batch_logits(
+  model: nn.Module, variables: Any, images: jax.Array, statistics: Statistics, views: Views | None
+) -> jax.Array:
   if views is None:
-    return eval_step(model, variables, images)
+    return eval_step(model, variables, images, statistics)
+  shifted = any(shift != [0, 0] for _, *shift in views.views)
   log_probabilities = [
-    view_step(model, variables, images, np.bool_(mirror), np.array(shift, np.int32), views.padding)
+    view_step(
+      model,
+      variables,
+      images,
+      statistics,
+      np.bool_(mirror),
+      np.array(shift, np.int32) if shifted else None,
+      views.padding,
+    )
     for mirror, *shift in views.views
   ]
   return functools.reduce(jnp.logaddexp, log_probabilities) - np.log(len(log_probabilities))
 
 
-def evaluate_split(model: nn.Module, variables: Any, split: Split, batch_size: int) -> dict[str, float]:
-  """Computes loss, accuracy and top-5 accuracy over a split; see `metrics.classification_metrics`."""
-  logits = compute_logits(model, variables, split.images, batch_size)
-  return metrics.classification_metrics(logits, split.labels)
+def evaluate_split(
+  model: nn.Module,
+  variables: Any,
+  split: Split,
+  config: Any,
+  measure: Callable[[np.ndarray, np.ndarray], dict[str, Any]] = metrics.classification_metrics,
+) -> dict[str, Any]:
+  """Computes the measures of a split, such as loss and accuracy, as a run with this config does.
+
+  Args:
+    model: the network.
+    variables: `{'params', 'batch_stats'}`.
+    split: at least one example.
+    config: of the run; the sections `data` and `evaluation` say how.
+    measure: computes them from the logits (n, num_classes) and the labels (n,).
+  """
+  statistics, size = config_lib.statistics(config.data), config.evaluation.batch_size
+  return measure(compute_logits(model, variables, split.images, statistics, size, run_views(config)), split.labels)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -173,7 +228,11 @@ def main(argv: Sequence[str]) -> int:
   )
   parser.add_argument('--checkpoint', default='last', choices=['last', 'best'], help='newest, or best on validation')
   parser.add_argument('--top_k', type=int, help='add the top-k accuracy for this k')
-  parser.add_argument('--tta', action='store_true', help='average over the flips and shifts that training used')
+  parser.add_argument(
+    '--tta',
+    action=argparse.BooleanOptionalAction,
+    help='average over the flips and shifts that training used (default: config.evaluation.views of the run)',
+  )
   parser.add_argument(
     '--calibrate',
     action='store_true',
@@ -192,7 +251,8 @@ def main(argv: Sequence[str]) -> int:
 
   command.prepare_backend()
   run = load_run(args.workdir, args.checkpoint)
-  views = tta_views(run.config.augment) if args.tta else None
+  views = run_views(run.config, args.tta)
+  statistics = config_lib.statistics(run.config.data)
   name = args.split or 'test'
   new_images = args.data_dir and not args.split
   if args.calibrate or not new_images:
@@ -205,7 +265,7 @@ def main(argv: Sequence[str]) -> int:
     raise UsageError(f'the validation split of "{run.dataset}" is empty, so leave out --calibrate.')
 
   def logits_of(split: Split) -> np.ndarray:
-    logits = compute_logits(run.model, run.variables, split.images, run.config.evaluation.batch_size, views)
+    logits = compute_logits(run.model, run.variables, split.images, statistics, run.config.evaluation.batch_size, views)
     check_logits(logits, run)
     return logits
 

@@ -35,6 +35,7 @@ import os
 import pathlib
 import stat
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -242,6 +243,12 @@ def main(argv: Sequence[str]) -> None:
   except OSError as error:
     raise UsageError(f'{output} cannot be written: {error.strerror or error}.') from error
   shape = 'x'.join(map(str, run.image_shape))
+  if run.config.evaluation.views:
+    print(
+      'note: the run averages over mirrored or shifted views (config.evaluation.views), the exported program does not; '
+      'compare it with predict --no-tta.',
+      file=sys.stderr,
+    )
   print(
     f'{command.printable(str(output))}: {len(run.class_names)} classes, uint8 images of {shape}, step {run.step}, '
     f'{len(contents) / 1e6:.2f} MB'
@@ -253,13 +260,15 @@ def _probabilities(run: Run) -> Callable[[Any], Any]:
   import jax
   import jax.numpy as jnp
 
+  from cnn_jax import config as config_lib
   from cnn_jax import models
   from cnn_jax.data.augment import normalize
 
+  statistics = config_lib.statistics(run.config.data)
   model = run.model.clone(dtype=jnp.float32)
 
   def probabilities(images):
-    logits, _ = models.infer(model, run.variables, normalize(images))
+    logits, _ = models.infer(model, run.variables, normalize(images, statistics))
     return jax.nn.softmax(logits)
 
   return probabilities

@@ -5,19 +5,20 @@ known by name.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Sequence
-from functools import reduce
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
-from cnn_jax import models
+from cnn_jax import models, ops
 
 _NORMS = (nn.BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm, nn.RMSNorm)
 
@@ -47,31 +48,50 @@ class Field:
   stride: int
 
 
-def has_class_activation_maps(model: nn.Module, image_shape: Sequence[int]) -> bool:
-  """Whether the head's input is the mean of the last stage's maps over all places, judging by their shapes.
+def averaged_stages(maps: Mapping[str, np.ndarray]) -> list[str]:
+  """The last stages whose maps, averaged over all places, are the input of the head, judging by their values.
 
   Args:
-    model: from `models.create`.
-    image_shape: (height, width, channels).
+    maps: of a network, with or without a batch axis: `stage1`, ..., `pooled`.
+
+  Returns:
+    Their names from the image on, in the order of the averages; none if the input of the head is something else, and so
+    there are no class activation maps.
   """
-  shapes = models.map_shapes(model, image_shape)
-  return shapes['pooled'].shape[-1] == shapes[models.stage_names(shapes)[-1]].shape[-1]
+  pooled = np.asarray(maps['pooled'], np.float32)
+  means, names = np.zeros((*pooled.shape[:-1], 0), np.float32), models.stage_names(maps)
+  for i in reversed(range(len(names))):
+    means = np.concatenate([np.asarray(maps[names[i]], np.float32).mean(axis=(-3, -2)), means], axis=-1)
+    if means.shape == pooled.shape and np.allclose(means, pooled, rtol=1e-2, atol=1e-3 * np.abs(pooled).max()):
+      return names[i:]
+  return []
 
 
-def class_activation_maps(variables: Any, maps: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def class_activation_maps(variables: Any, maps: Mapping[str, np.ndarray], classes: np.ndarray) -> np.ndarray:
   """Computes the evidence for classes at each place of an image (Zhou et al. 2016, arXiv 1512.04150).
 
   With global average pooling it is exact: the mean of a class activation map plus the head's bias is the logit.
 
   Args:
-    variables: `{'params', 'batch_stats'}` of a network for which `has_class_activation_maps` holds.
-    maps: float (n, height, width, features), the maps of the last stage.
+    variables: `{'params', 'batch_stats'}`.
+    maps: the stages that `averaged_stages` names, each float (n, height, width, features).
     classes: int (n, k), k classes for each image.
 
   Returns:
-    float32 (n, k, height, width).
+    float32 (n, k, height, width), of the size of the first stage's maps. The evidence of later stages is enlarged.
   """
-  return np.einsum('nhwf,fnk->nkhw', maps.astype(np.float32), head_kernel(variables)[:, classes])
+  kernel, first = head_kernel(variables), 0
+  evidence = np.zeros((*classes.shape, *next(iter(maps.values())).shape[1:3]), np.float32)
+  for values in maps.values():
+    weights = kernel[first : first + values.shape[-1], classes]
+    first += values.shape[-1]
+    found = np.einsum('nhwf,fnk->nkhw', np.asarray(values, np.float32), weights)
+    if found.shape != evidence.shape:
+      enlarged = np.asarray(jax.image.resize(found, evidence.shape, 'linear'))
+      # Interpolation changes the mean a little.
+      found = enlarged + (found.mean((2, 3)) - enlarged.mean((2, 3)))[..., None, None]
+    evidence += found
+  return evidence
 
 
 def head_kernel(variables: Any) -> np.ndarray:
@@ -115,8 +135,10 @@ def summary(model: nn.Module, image_shape: Sequence[int]) -> str:
   )
 
 
-def first_convolution(model: nn.Module, variables: Any, images: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-  """Computes the output of the convolution that reads the image.
+def maps_and_first_convolution(
+  model: nn.Module, variables: Any, images: jax.Array
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+  """Computes the maps of a network, and the output of the convolution that reads the image.
 
   Args:
     model: from `models.create`.
@@ -124,8 +146,8 @@ def first_convolution(model: nn.Module, variables: Any, images: jax.Array) -> tu
     images: float (n, height, width, channels), normalised.
 
   Returns:
-    The kernel, float32 (kernel height, kernel width, channels, features), and the output, float32
-    (n, height, width, features), after pooling if the layer's own function pools.
+    The maps; the kernel (kernel height, kernel width, channels, features); and the output (n, height, width, features),
+    after pooling if the layer's own function pools.
   """
   found: list[tuple[jax.Array, jax.Array]] = []
 
@@ -135,14 +157,9 @@ def first_convolution(model: nn.Module, variables: Any, images: jax.Array) -> tu
       found.append((context.module.variables['params']['kernel'], output))
     return output
 
-  @jax.jit
-  def compute(variables, images):
-    with nn.intercept_methods(record):
-      models.infer(model, variables, images)
-    return found.pop()
-
-  kernel, output = compute(variables, images)
-  return np.asarray(kernel, np.float32), np.asarray(output, np.float32)
+  with nn.intercept_methods(record):
+    maps = models.infer(model, variables, images)[1]
+  return maps, *found[0]
 
 
 def receptive_fields(model: nn.Module, image_shape: Sequence[int]) -> dict[str, tuple[Field, Field] | None]:
@@ -151,7 +168,8 @@ def receptive_fields(model: nn.Module, image_shape: Sequence[int]) -> dict[str, 
   What a place depends on does not change if every convolution averages the pixels under its kernel, over all channels.
   That network is increasing in every pixel, so on an image that falls from the top to the bottom every maximum is that
   of the first row of its window. The gradient of a place is then not zero at the first row that the place depends on;
-  on the image upside down, at the last one. Norms, some of which average over the image, only rescale.
+  on the image upside down, at the last one. Norms, some of which average over the image, only rescale. All channels
+  being equal, one is computed, unless a layer between the convolutions needs its own number.
 
   Args:
     model: from `models.create`.
@@ -160,12 +178,21 @@ def receptive_fields(model: nn.Module, image_shape: Sequence[int]) -> dict[str, 
   Returns:
     {'stage1': (rows, columns), ...}; None if the field is as large as the image along an axis.
   """
+  try:
+    return _receptive_fields(model, image_shape, one_channel=True)
+  except (TypeError, ValueError, ZeroDivisionError, FlaxError):  # what JAX and Flax raise for shapes that do not fit
+    return _receptive_fields(model, image_shape, one_channel=False)
+
+
+def _receptive_fields(
+  model: nn.Module, image_shape: Sequence[int], one_channel: bool
+) -> dict[str, tuple[Field, Field] | None]:
   model = model.clone(dtype=jnp.float32)
   height, width, channels = image_shape
   down, right = np.meshgrid(*(np.linspace(2, 1, side, dtype=np.float32) for side in (height, width)), indexing='ij')
   images = np.repeat(np.stack([down, down[::-1], right, right[:, ::-1]])[..., None], channels, axis=3)
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})  # it is called once
   def touched(images):
     """The rows and the columns that places depend on: each bool (stages, 2 places, 2 images, pixels)."""
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), variables)
@@ -185,7 +212,7 @@ def receptive_fields(model: nn.Module, image_shape: Sequence[int]) -> dict[str, 
     axes = lax.map(lambda each: pixels(*each), (stages, places))
     return [axis.reshape(len(names), 2, *axis.shape[1:]) for axis in axes]
 
-  with nn.intercept_methods(_average):
+  with nn.intercept_methods(functools.partial(_average, one_channel)):
     (_, shapes), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
     names = models.stage_names(shapes)
     rows, columns = map(np.asarray, touched(images))
@@ -236,8 +263,8 @@ def _field(touched: np.ndarray, places: int) -> Field | None:
   return Field(first, size, stride or 1) if size < pixels else None  # a single place has no stride
 
 
-def _average(call, args, kwargs, context):
-  """Replaces the layers of a network by averages; see `receptive_fields`."""
+def _average(one_channel, call, args, kwargs, context):
+  """Replaces the layers of a network by averages, of one channel or of as many as they have; see `receptive_fields`."""
   module = context.module
   if context.method_name != '__call__' or not isinstance(module, (*_NORMS, nn.Conv, nn.Dense)):
     return call(*args, **kwargs)
@@ -247,16 +274,25 @@ def _average(call, args, kwargs, context):
   if isinstance(module, nn.Conv):
     # Zeros would be less than all pixels, so that a maximum beside them would move.
     x = jnp.pad(x, ((0, 0), *_padding(module, x.shape[1:3]), (0, 0)), mode='edge')
-    sides = _pair(module.kernel_size)
-    x = (module.conv_general_dilated or lax.conv_general_dilated)(
+    sides, strides, convolve = _pair(module.kernel_size), _pair(module.strides), module.conv_general_dilated
+    if convolve in (None, ops.conv_general_dilated):  # a plain convolution; other functions may pool too
+      convolve = _convolve
+    x = convolve(
       x,
       jnp.full((*sides, 1, 1), 1 / math.prod(sides), x.dtype),
-      _pair(module.strides),
+      strides,
       'VALID',
       rhs_dilation=_pair(module.kernel_dilation),
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     )
-  return jnp.broadcast_to(x, (*x.shape[:-1], module.features))
+  return x if one_channel else jnp.broadcast_to(x, (*x.shape[:-1], module.features))
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding: str, **options: Any) -> jax.Array:
+  """A convolution; with one weight, the average of one number, it compiles much faster as a selection."""
+  if kernel.size == 1:
+    return x[:, :: strides[0], :: strides[1]]
+  return lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def _layers_and_maps(model: nn.Module, image_shape: Sequence[int]) -> tuple[list[Layer], dict[str, Any]]:
@@ -283,7 +319,7 @@ def _layers_and_maps(model: nn.Module, image_shape: Sequence[int]) -> tuple[list
     stages = models.parameters_by_stage(model, image_shape)
   layers = []
   for path, (kind, kernel, shape, own, operations) in calls.items():
-    belongs = reduce(lambda tree, name: tree[name], path, stages)
+    belongs = functools.reduce(lambda tree, name: tree[name], path, stages)
     stage = min(belongs[name] for name in own)
     layers.append(Layer(path, kind, stage, kernel, shape, models.num_parameters(own), operations))
   return layers, maps

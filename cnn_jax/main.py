@@ -48,12 +48,14 @@ def train_and_evaluate(
   # These imports take a second; a mistyped config has been reported by now.
   import jax
 
-  from cnn_jax import distribute, inspect, models, peers, seeds, workdirs
+  from cnn_jax import distribute, inspect, models, peers, seeds, weights, workdirs
   from cnn_jax.data import load_dataset, overview
 
   config_lib.check_devices(config, jax.device_count())
   primary = distribute.is_primary()
   with workdirs.lock(workdir) if primary else contextlib.nullcontext():
+    if missing := peers.first(lambda: weights.missing_statistics(config, workdir)):
+      config = config_lib.vary(config, {field: tuple(levels) for field, levels in missing.items()})
     if (result := peers.first(lambda: seeds.begin(config, workdir))) is not None:
       distribute.say(
         f'The run in {workdir} is complete: {seeds.describe(result)}. Use another --workdir for a new one.'
@@ -62,7 +64,7 @@ def train_and_evaluate(
       return result
     dataset = dataset or load_dataset(config.data)
     num_classes, image_shape = len(dataset.class_names), tuple(dataset.train.images.shape[1:])
-    config_lib.check_data(config, len(dataset.train), num_classes, image_shape)
+    config_lib.check_data(config, len(dataset.train), num_classes, image_shape, len(dataset.validation))
     adapted, lines = config_lib.adapt(config, len(dataset.train))
     config_lib.check_devices(adapted, jax.device_count())
     for line in lines:

@@ -1,11 +1,13 @@
 """Losses and metrics. A metric is a sum and a count, divided once at the end."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from cnn_jax import Diverged
 
@@ -34,6 +36,39 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     float32 (batch,).
   """
   return optax.softmax_cross_entropy(logits, labels)
+
+
+def relative_weights(labels: jax.Array, class_weights: Sequence[float], axis: str) -> jax.Array:
+  """Computes the weights with which the mean loss becomes the weighted mean over the global batch.
+
+  sum(w * loss) / sum(w) over all devices is the mean of loss * w / mean(w), so a device needs nothing of the others but
+  the mean of the weights. The weight of a mixed example is that of its classes, in the proportions of its label.
+
+  Args:
+    labels: probabilities (batch, num_classes), before smoothing, which would mix the weights of all classes.
+    class_weights: a positive number per class.
+    axis: the name of the device axis.
+
+  Returns:
+    float32 (batch,), whose mean over all devices is 1.
+  """
+  weights = jnp.sum(labels * jnp.asarray(class_weights, labels.dtype)[None], axis=1)
+  return weights / lax.pmean(jnp.mean(weights), axis)
+
+
+def balanced_weights(labels: np.ndarray, num_classes: int) -> tuple[float, ...]:
+  """Computes the weights with which each class has the same share in the loss, as scikit-learn's 'balanced'.
+
+  Args:
+    labels: int (n,), of the training split.
+    num_classes: of the data.
+
+  Returns:
+    n / (classes * count) for each class; `classes` counts those that occur. The weight of one that does not is 1.
+  """
+  counts = np.bincount(labels, minlength=num_classes)
+  weights = len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))
+  return tuple(np.where(counts > 0, weights, 1.0).tolist())
 
 
 def training_sums(losses: jax.Array, logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
@@ -95,6 +130,30 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     'accuracy': float(np.mean(correct)),
     'balanced_accuracy': float(np.mean(recalls)),
     'top5_accuracy': top_k_accuracy(logits, labels, 5),
+  }
+
+
+def class_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, list[Any]]:
+  """Computes precision and recall of each class.
+
+  Args:
+    logits: float (n, num_classes). A prediction with a logit that is not a number counts for no class.
+    labels: int (n,).
+
+  Returns:
+    Lists with a value per class: `precision`, None if the class was never predicted; `recall`, None if the class does
+    not occur; and `n`, the examples of the class.
+  """
+  num_classes = logits.shape[1]
+  known = ~np.isnan(logits).any(axis=1)
+  predicted = np.argmax(logits[known], axis=1)
+  hits = np.bincount(predicted[predicted == labels[known]], minlength=num_classes).tolist()
+  claims = np.bincount(predicted, minlength=num_classes).tolist()
+  counts = np.bincount(labels, minlength=num_classes).tolist()
+  return {
+    'precision': [hit / claim if claim else None for hit, claim in zip(hits, claims, strict=True)],
+    'recall': [hit / count if count else None for hit, count in zip(hits, counts, strict=True)],
+    'n': counts,
   }
 
 

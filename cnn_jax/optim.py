@@ -1,5 +1,6 @@
 """The optimizer and its learning-rate schedule, from a config."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,13 +46,16 @@ def make_schedule(config: Any, peak: float, total_steps: int, steps_per_epoch: i
   return schedule
 
 
-def make_optimizer(config: Any, learning_rate: optax.Schedule, frozen: Any = None) -> optax.GradientTransformation:
+def make_optimizer(
+  config: Any, learning_rate: optax.Schedule, stages: Any = None, frozen_stages: int = 0
+) -> optax.GradientTransformation:
   """The optax chain: clips the gradient, preconditions it, decays kernels, scales by the learning rate.
 
   Args:
     config: the section `config.optimizer`.
     learning_rate: from `make_schedule`.
-    frozen: a tree like `params`, True at the parameters that are neither updated nor decayed; None: there are none.
+    stages: from `models.parameters_by_stage`; needed if stages are frozen or have rates of their own.
+    frozen_stages: the stages, from the first on, whose parameters are neither updated nor decayed.
 
   Returns:
     A gradient transformation. Weight decay is decoupled (Loshchilov and Hutter 2019), multiplied by the learning rate,
@@ -64,7 +68,8 @@ def make_optimizer(config: Any, learning_rate: optax.Schedule, frozen: Any = Non
     _precondition(config),
     decay,
     optax.scale_by_learning_rate(learning_rate),
-    optax.identity() if frozen is None else optax.masked(optax.set_to_zero(), frozen),
+    *([_scale_by_stage(config.stage_rates, stages)] if config.stage_rates else []),
+    _freeze(stages, frozen_stages) if frozen_stages else optax.identity(),
   )
 
 
@@ -87,6 +92,17 @@ def average(averages: Any, newest: Any, step: Any, decay: float) -> Any:
   step = step.astype(jnp.float32)
   bounded = jnp.minimum(decay, (1 + step) / (10 + step))
   return jax.tree.map(lambda old, new: old + (1 - bounded) * (new - old), averages, newest)
+
+
+def _scale_by_stage(rates: Sequence[float], stages: Any) -> optax.GradientTransformation:
+  """Multiplies the updates of the last stages by `rates`, the head's last; earlier stages have the first of them."""
+  head = max(jax.tree.leaves(stages))
+  factors = jax.tree.map(lambda stage: float(rates[max(0, len(rates) - 1 - (head - stage))]), stages)
+  return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
+
+
+def _freeze(stages: Any, frozen_stages: int) -> optax.GradientTransformation:
+  return optax.masked(optax.set_to_zero(), jax.tree.map(lambda stage: stage <= frozen_stages, stages))
 
 
 def _precondition(config: Any) -> optax.GradientTransformation:

@@ -78,7 +78,7 @@ def load_folder(directory: str | os.PathLike, run: Run) -> Folder:
     raise UsageError(f'{root} is not a directory; give one that holds a folder of images per class.')
   passed, labels, found, notes = listing.Passed(), [], [], []
   top = listing.scan(root, passed)
-  known = {name: label for label, name in enumerate(run.class_names)}
+  known = {name: label for names in (run.folder_names, run.class_names) for label, name in enumerate(names)}
   seen = listing.surroundings(root)
   for name in top.folders:
     files = list(listing.walk(os.path.join(root, name), passed, seen))

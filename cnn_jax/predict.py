@@ -1,6 +1,6 @@
 """Prediction: classifies image files. Also the classifier that `cnn_jax.load` returns.
 
-    python -m cnn_jax.predict --workdir=RUN IMAGE_OR_FOLDER... [--top_k=5] [--json] [--one_hot] [--tta]
+    python -m cnn_jax.predict --workdir=RUN IMAGE_OR_FOLDER... [--top_k=5] [--json] [--one_hot] [--[no-]tta]
                               [--checkpoint=last|best] [--invert=auto|never|always] [--batch_size=N]
 
 Pictures may have any size, one or three channels, and any format of `images.IMAGE_FORMATS`; EXIF orientation is
@@ -8,6 +8,7 @@ applied. If a run was trained on light drawings on black, such as MNIST, picture
 photographs of dark drawings; see `pictures.load_picture`. `--invert=never` turns this off, `always` inverts all pictures.
 """
 
+import argparse
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from cnn_jax import UsageError, calibration, command, evaluate, inspect, models, pictures
+from cnn_jax import config as config_lib
 from cnn_jax.data import augment, listing
 from cnn_jax.data.lazy import read_ahead
 from cnn_jax.progress import Counter
@@ -50,16 +52,20 @@ class Classifier:
     self.run = run
     self.class_names = run.class_names
     self._invert = invert
-    self._maps = jax.jit(lambda variables, images: models.infer(run.model, variables, augment.normalize(images))[1])
+    self._statistics = config_lib.statistics(run.config.data)
+    self._maps = jax.jit(
+      lambda variables, images: models.infer(run.model, variables, augment.normalize(images, self._statistics))[1]
+    )
     self.batch_size = batch_size or _fitting_batch_size(run)
 
-  def predict(self, images: Any, *, tta: bool = False) -> np.ndarray:
+  def predict(self, images: Any, *, tta: bool | None = None) -> np.ndarray:
     """Computes the probabilities of the classes.
 
     Args:
       images: a picture, or several: a list or another iterable of pictures, or a uint8 array
         (n, height, width, channels).
-      tta: whether to average over the flips and shifts by a pixel that the training used as augmentation.
+      tta: whether to average over the flips and shifts by a pixel that the training used as augmentation. None: as
+        the run itself was evaluated; see `config.evaluation.views`.
 
     Returns:
       float64 (num_classes,) for one picture, (n, num_classes) for several.
@@ -76,7 +82,7 @@ class Classifier:
       rows.append(row)
     return np.stack(rows) if rows else np.zeros((0, len(self.class_names)))
 
-  def stream(self, images: Iterable[Any], *, tta: bool = False) -> Iterator[tuple[Any, np.ndarray | UsageError]]:
+  def stream(self, images: Iterable[Any], *, tta: bool | None = None) -> Iterator[tuple[Any, np.ndarray | UsageError]]:
     """Yields (picture, its probabilities or the error) for any number of pictures, in order.
 
     Threads read a few batches ahead of the network. Memory holds only these.
@@ -85,7 +91,7 @@ class Classifier:
       images: pictures.
       tta: as `predict`.
     """
-    views = evaluate.tta_views(self.run.config.augment) if tta else None
+    views = evaluate.run_views(self.run.config, tta)
 
     def read(image):
       try:
@@ -135,30 +141,32 @@ class Classifier:
       label: a class, by name or index; the predicted one if None.
 
     Returns:
-      float32 (height, width) of the last stage's maps. Its mean plus the head's bias is the logit.
+      float32 (height, width) of the maps whose averages the head reads. Its mean plus the head's bias is the logit.
 
     Raises:
       UsageError: the network has no global average pooling, or there is no such class.
     """
-    if not inspect.has_class_activation_maps(self.run.model, self.run.image_shape):
+    maps = self.feature_maps(image)
+    stages = inspect.averaged_stages(maps)
+    if not stages:
       raise UsageError(
         'the head of this network does not read averages of maps, so there is no class activation map; '
         'train one with global average pooling.'
       )
-    maps = self.feature_maps(image)
     if label is None:
       label = int(np.argmax(maps['logits']))
     elif isinstance(label, str) and label in self.class_names:
       label = self.class_names.index(label)
     elif isinstance(label, str) or not 0 <= label < len(self.class_names):
       raise UsageError(f'{label!r} is not a class of this run; the classes are in class_names.')
-    last = maps[models.stage_names(maps)[-1]]
-    return inspect.class_activation_maps(self.run.variables, last[None], np.array([[label]]))[0, 0]
+    averaged = {name: maps[name][None] for name in stages}
+    return inspect.class_activation_maps(self.run.variables, averaged, np.array([[label]]))[0, 0]
 
   def _probabilities(self, images: list[np.ndarray], size: int, views: evaluate.Views | None) -> np.ndarray:
     batch = np.zeros((size, *self.run.image_shape), np.uint8)
     batch[: len(images)] = np.stack(images) if images else 0
-    logits = evaluate.compute_logits(self.run.model, self.run.variables, batch, size, views)[: len(images)]
+    logits = evaluate.compute_logits(self.run.model, self.run.variables, batch, self._statistics, size, views)
+    logits = logits[: len(images)]
     check_logits(logits, self.run)
     return calibration.softmax(logits)
 
@@ -173,7 +181,11 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--top_k', type=int, default=5, help='number of most probable classes to print (default: 5)')
   parser.add_argument('--json', action='store_true', help='print one JSON object per line instead of a table')
   parser.add_argument('--one_hot', action='store_true', help='add the one-hot vector of the predicted class')
-  parser.add_argument('--tta', action='store_true', help='average over the flips and shifts that training used')
+  parser.add_argument(
+    '--tta',
+    action=argparse.BooleanOptionalAction,
+    help='average over the flips and shifts that training used (default: config.evaluation.views of the run)',
+  )
   parser.add_argument('--checkpoint', default='last', choices=['last', 'best'], help='newest, or best on validation')
   parser.add_argument(
     '--invert',

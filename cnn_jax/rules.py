@@ -23,7 +23,7 @@ def check_fields(config: ConfigDict, base: ConfigDict, prefix: str = '') -> None
       hint = (
         f'did you mean config.{prefix}{near[0]}?'
         if near
-        else "the fields are in cnn_jax/config.py and in the network's file."
+        else "the fields are in cnn_jax/fields.py and in the network's file."
       )
       raise UsageError(f'config.{prefix}{name} is not a field; {hint}')
   for name, default in base.items():
@@ -44,7 +44,8 @@ def check_value(field: str, value: Any, rule: tuple | range | str | None) -> Non
   Args:
     field: its name.
     value: of the right type.
-    rule: one of several values; a range; or for each number: `positive`, `below one`, `at most one`, `seed`. All numbers
+    rule: one of several values; a range; or for each number: `positive`, `below one`, `at most one`, `at most half`,
+      `seed`. All numbers
       are finite in float32 and not negative, and all integers but seeds fit into int32.
 
   Raises:
@@ -67,8 +68,86 @@ def check_value(field: str, value: Any, rule: tuple | range | str | None) -> Non
     raise UsageError(f'{field} is {value}; it must be greater than zero.')
   if rule == 'below one' and any(number >= 1 for number in numbers):
     raise UsageError(f'{field} is {value}; it must be less than 1.')
-  if rule == 'at most one' and any(number > 1 for number in numbers):
-    raise UsageError(f'{field} is {value}; a probability is at most 1.')
+  for name, most in (('at most one', 1), ('at most half', 0.5)):
+    if rule == name and any(number > most for number in numbers):
+      raise UsageError(f'{field} is {value}; it must be at most {most}.')
+
+
+def check_class_weights(config: ConfigDict, num_classes: int = 0) -> None:
+  """Checks the weights of the classes in the loss.
+
+  Args:
+    config: complete.
+    num_classes: of the data; 0 if unknown.
+
+  Raises:
+    UsageError: they are neither `balanced` nor a positive number per class, or sampling balances the classes as well.
+  """
+  weights, name = tuple(config.loss.class_weights), 'config.loss.class_weights'
+  if weights == ('balanced',):
+    if config.data.sampling == 'balanced':
+      raise UsageError(
+        f"{name} and config.data.sampling are both 'balanced', which would correct the same imbalance twice; set one of them."
+      )
+  elif any(isinstance(x, bool) or not isinstance(x, int | float) or x <= 0 for x in weights):
+    raise UsageError(
+      f'{name} is {" ".join(repr(weights).split())[:80]}; give balanced, or a number greater than zero per class, such '
+      'as (1, 2.5).'
+    )
+  elif weights and num_classes and len(weights) != num_classes:
+    raise UsageError(
+      f'{name} holds {len(weights)} {"number" if len(weights) == 1 else "numbers"}, but the data have {num_classes} '
+      'classes; give one per class, in the order of their names.'
+    )
+
+
+def check_stage_rates(rates: Any, num_stages: int = 0) -> None:
+  """Checks the factors of the learning rate of the last stages.
+
+  Args:
+    rates: `config.optimizer.stage_rates`.
+    num_stages: of the network; 0 if unknown.
+
+  Raises:
+    UsageError: one of them is not a number, or there are more than one per stage and one of the head.
+  """
+  name = f'config.optimizer.stage_rates is {" ".join(repr(tuple(rates)).split())[:80]}'
+  if any(isinstance(x, bool) or not isinstance(x, int | float) for x in rates):
+    raise UsageError(f'{name}; give numbers, such as (0.1, 0.3, 1), the last of them for the head.')
+  if num_stages and len(rates) > num_stages + 1:
+    raise UsageError(
+      f'{name}, {len(rates)} numbers, but the network has {num_stages} stages and a head; give at most {num_stages + 1}.'
+    )
+
+
+def check_statistics(config_data: Any, channels: int) -> None:
+  """Checks the statistics of the network's input.
+
+  Args:
+    config_data: the section `config.data`, whose `mean` and `std` are tuples.
+    channels: of the images; 0 if unknown.
+
+  Raises:
+    UsageError: one of them is not numbers of levels, the std is not positive, there are not as many of one as of the
+      other, or neither one number nor one per channel.
+  """
+  mean, std = tuple(config_data.mean), tuple(config_data.std)
+  for name, values in (('mean', mean), ('std', std)):
+    if len(values) not in (0, 1, 3) or any(isinstance(x, bool) or not isinstance(x, int | float) for x in values):
+      raise UsageError(
+        f'config.data.{name} is {" ".join(repr(values).split())[:80]}; give one number of levels, such as (127.5,), or '
+        'three, of red, green and blue.'
+      )
+  if any(x <= 0 for x in std):
+    raise UsageError(f'config.data.std is {std}; it must be greater than zero.')
+  if len(mean) != len(std):
+    raise UsageError(
+      f'config.data.mean is {mean} but config.data.std is {std}; give as many numbers of both, or none of either.'
+    )
+  if channels and len(mean) > 1 and len(mean) != channels:
+    raise UsageError(
+      f'config.data.mean is {mean}, one number per colour, but the images are grey; give one number of both mean and std.'
+    )
 
 
 def _numbers(value: Any) -> list[int | float]:

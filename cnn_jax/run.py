@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnn_jax import UsageError, checkpoint, models, record
+from cnn_jax import UsageError, checkpoint, foreign, hub, models, published, record, rules
 from cnn_jax.data import MAX_CLASSES, MAX_NAME, Dataset, identity, images, load_dataset
 
 _MAX_TEXT = 10_000  # characters of the name of a data set
@@ -32,19 +32,30 @@ class Run:
   bit_depth: int = 16  # of the levels of 16-bit files; 0 if the training images had none
   workdir: str | os.PathLike = ''
   data: dict[str, Any] | None = None  # the identity of the data; see `data.identity`. None: written by version 0.1
+  folder_names: tuple[
+    str, ...
+  ] = ()  # other names of the classes, which folders of images may have: WordNet identifiers
 
 
 def load_run(workdir: str | os.PathLike, which: str = 'last') -> Run:
   """Reads a run's config and one of its checkpoints, which anybody may have written. Nothing in them is executed.
 
   Args:
-    workdir: of a run that has saved at least once.
-    which: `last`, or `best` on validation.
+    workdir: of a run that has saved at least once; or the name of published weights, such as
+      `pretrained:efficientnet_lite0`.
+    which: `last`, or `best` on validation; published weights are both.
 
   Raises:
     UsageError: there is no run, or no checkpoint that is whole; its notes or its arrays are not those of a run with
-      this config, or hold numbers that are not finite.
+      this config, or hold numbers that are not finite. Or there are no published weights of this name.
   """
+  if published.is_name(workdir):
+    return _load_published(os.fspath(workdir))
+  if hub.is_name(workdir) or foreign.is_file(os.fspath(workdir)):
+    raise UsageError(
+      f'{workdir} holds weights and not a run, so its classes are not known; train from it with '
+      f'--config.init_from={workdir}.'
+    )
   config = record.load_config(workdir)
   found: list[nn.Module] = []
 
@@ -74,6 +85,40 @@ def load_run(workdir: str | os.PathLike, which: str = 'last') -> Run:
   )
 
 
+def _load_published(name: str) -> Run:
+  """A run with published weights: a classifier of the 1,000 classes of ImageNet."""
+  config = published.config(name)
+  class_names, identifiers = published.imagenet_classes()
+  model = models.create(config.model, len(class_names))
+  image_shape = (config.data.image_size, config.data.image_size, config.data.channels)
+  variables = published.variables(name, models.init_shapes(model, image_shape))
+  return Run(
+    config=config,
+    model=model,
+    variables=jax.tree.map(jnp.asarray, variables),
+    class_names=class_names,
+    image_shape=image_shape,
+    dataset='ImageNet (ILSVRC 2012)',
+    step=0,
+    drawing=None,
+    workdir=name,
+    folder_names=identifiers,
+  )
+
+
+def check_has_data(run: Run) -> None:
+  """Checks that a run has a record and data of its own, which published weights have not.
+
+  Raises:
+    UsageError: says what can be done with published weights.
+  """
+  if published.is_name(run.workdir):
+    raise UsageError(
+      f'{run.workdir} comes without its data and without a record of its training; evaluate it on your images by '
+      f'evaluate --data_dir=FOLDER, or train from it with --config.init_from={run.workdir}.'
+    )
+
+
 def load_run_dataset(run: Run, directory: str | os.PathLike | None = None) -> Dataset:
   """Loads the data set of a run, and checks that it is the one that the run was trained on.
 
@@ -84,6 +129,7 @@ def load_run_dataset(run: Run, directory: str | os.PathLike | None = None) -> Da
   Raises:
     UsageError: there are no data at the place, or they are others; the first classes or files that differ are named.
   """
+  check_has_data(run)
   config_data = run.config.data.copy_and_resolve_references()
   if directory is not None:
     config_data.dir = os.fspath(directory)
@@ -151,6 +197,7 @@ def _check_shapes(config: Any, info: Mapping[str, Any], shapes: Any, workdir: st
   saved = shapes if isinstance(shapes, Mapping) else {}
   count = len(jax.tree.leaves(shapes))
   try:
+    rules.check_statistics(config.data, info['image_shape'][2])
     model = models.create(config.model, len(info['class_names']))
     with nn.intercept_methods(_limit_calls(100 + 4 * count)):
       expected = models.init_shapes(model, info['image_shape'])

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from cnn_jax import checkpoint, peers
-from cnn_jax.data import Dataset, Split
+from cnn_jax import checkpoint, distribute, peers
+from cnn_jax.data import Dataset, Split, drawings
 from cnn_jax.metrics import diverged
 
 _SHARE = 0.1  # the most of the time that saves by the epoch take
@@ -26,6 +26,44 @@ def epochs_between_validations(config_evaluation: Any, steps_per_epoch: int) -> 
   """
   every = config_evaluation.every_epochs
   return every * max(1, -(-config_evaluation.min_steps // (every * steps_per_epoch)))
+
+
+def out_of_patience(config_evaluation: Any, steps_per_epoch: int, step: int, info: Mapping[str, Any]) -> bool:
+  """Whether a run has ended because validation did not improve.
+
+  It depends on the step and on the notes of its checkpoint, so a resumed run decides as an uninterrupted one.
+
+  Args:
+    config_evaluation: the section `config.evaluation`; a `patience` of 0 never ends.
+    steps_per_epoch: of the run.
+    step: steps done.
+    info: of the checkpoint; see `with_score`.
+  """
+  if not config_evaluation.patience or 'best_step' not in info:
+    return False
+  interval = epochs_between_validations(config_evaluation, steps_per_epoch) * steps_per_epoch
+  return step // interval - info['best_step'] // interval >= config_evaluation.patience
+
+
+def restore_best(directory: str | os.PathLike, state: Any, info: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """Reads the checkpoint that is the best on validation; all processes must call it together.
+
+  Args:
+    directory: of the checkpoints.
+    state: the last one, on devices.
+    info: the notes of the last checkpoint.
+
+  Returns:
+    The best state, on devices, and the notes, with the validation of that state.
+  """
+  scores: dict[str, Any] = {}
+  if distribute.is_primary():
+    found = checkpoint.restore(directory, state, which='best')
+    assert found is not None  # the last step is saved
+    state, step, notes = found
+    scores = {name: value for name, value in notes.items() if name.startswith('validation_')} | {'best_step': step}
+  state = distribute.replicate(distribute.from_first(state))
+  return state, without_score(info) | peers.first(lambda: scores)
 
 
 def check_score(split: str, measured: Mapping[str, float], step: int) -> None:
@@ -52,10 +90,11 @@ class Saver:
   Args:
     directory: of the checkpoints.
     config_checkpoint: the section `config.checkpoint`.
+    save_best: whether to save every state that is the best so far.
   """
 
-  def __init__(self, directory: str | os.PathLike, config_checkpoint: Any):
-    self._directory, self._config = directory, config_checkpoint
+  def __init__(self, directory: str | os.PathLike, config_checkpoint: Any, *, save_best: bool = False):
+    self._directory, self._config, self._save_best = directory, config_checkpoint, save_best
     self._saved, self._seconds = time.perf_counter(), 0.0  # the end and the duration of the last save
 
   def wanted(self, step: int, epoch: int | None, info: Mapping[str, Any]) -> bool:
@@ -66,13 +105,13 @@ class Saver:
       epoch: the number of epochs done, if one has just ended.
       info: of the checkpoint; see `with_score`.
     """
-    waited = time.perf_counter() - self._saved
-    if waited > 60 * self._config.every_minutes:
+    waited, best = time.perf_counter() - self._saved, info.get('best_step') == step
+    if waited > 60 * self._config.every_minutes or (best and self._save_best):
       return True
     if epoch is None or epoch % self._config.every_epochs:
       return False
     # Of tiny epochs only some are saved, but always the best.
-    return waited * _SHARE >= self._seconds or info.get('best_step') == step
+    return waited * _SHARE >= self._seconds or best
 
   def save(self, step: int, state: Any, info: Mapping[str, Any]) -> None:
     """Saves; see `checkpoint.save`. All processes must call it together."""
@@ -81,6 +120,23 @@ class Saver:
     peers.first(lambda: checkpoint.save(self._directory, step, jax.device_get(state), info=info, keep=keep))
     self._saved = time.perf_counter()
     self._seconds = self._saved - started
+
+
+def first_notes(dataset: Dataset) -> dict[str, Any]:
+  """The notes of a checkpoint before the first step: what is needed to read the run back, and what is counted.
+
+  Args:
+    dataset: of the run.
+  """
+  return {
+    'dataset': dataset.name,
+    'class_names': list(dataset.class_names),
+    'image_shape': list(dataset.train.images.shape[1:]),
+    'drawing': drawings.measure(dataset.train.images),
+    'bit_depth': dataset.bit_depth,
+    'train_seconds': 0.0,  # of the calls that trained, without compilation, validation and saving
+    'trained_images': 0,
+  }
 
 
 def without_score(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,30 +153,41 @@ def with_score(info: Mapping[str, Any], validated: Mapping[str, float], step: in
 
 
 def result(
-  config: Any, dataset: Dataset, made: Any, num_parameters: int, info: Mapping[str, Any], tested: Mapping[str, float]
+  config: Any,
+  dataset: Dataset,
+  made: Any,
+  step: int,
+  num_parameters: int,
+  info: Mapping[str, Any],
+  tested: Mapping[str, Any],
 ) -> dict[str, Any]:
   """The result of a run.
 
   Args:
     config, dataset: of the run.
     made: `train.Setup`.
+    step: steps done.
     num_parameters: of the network.
-    info: the notes of the last checkpoint.
+    info: the notes of the last checkpoint, or those that `restore_best` returned.
     tested: the measures of the test split; {} if it was not evaluated.
 
   Raises:
     Diverged: the test loss is not finite.
   """
   if tested:
-    check_score('test', tested, made.total_steps)
+    check_score('test', tested, step)
+  early = (
+    {'stopped_early': step < made.total_steps, 'best_step': info['best_step']} if config.evaluation.patience else {}
+  )
   return {
     'dataset': dataset.name,
     'provenance': dataset.provenance,
     'data_sha256': info['data']['sha256'],
     **{f'num_{name}': len(getattr(dataset, name)) for name in ('train', 'validation', 'test')},
     'num_parameters': num_parameters,
-    'epochs': made.epochs,
-    'steps': made.total_steps,
+    'epochs': step // made.steps_per_epoch,
+    'steps': step,
+    **early,
     'seed': config.seed,
     'train_seconds': info['train_seconds'],
     'images_per_second': info['trained_images'] / info['train_seconds'],

@@ -26,17 +26,23 @@ def train_one(config: Any, dataset: Dataset, workdir: str | os.PathLike, **optio
   Args:
     config, dataset, workdir, options: see `train.train`.
   """
-  result = train.train(config, dataset, workdir, **options)
+  tested: dict[str, np.ndarray] = {}
+  result = train.train(config, dataset, workdir, on_test=lambda logits: tested.update(test=logits), **options)
   if config.adapt_to_data:
     adapted, _ = config_lib.adapt(config, len(dataset.train))
     result |= {'batch_size': adapted.batch_size, 'learning_rate': adapted.optimizer.learning_rate}
   if distribute.is_primary():
     record.write_result(workdir, result)
-  finish(config, workdir, lambda: dataset)
+  finish(config, workdir, lambda: dataset, tested)
   return result
 
 
-def finish(config: Any, workdir: str | os.PathLike, load: Callable[[], Dataset]) -> None:
+def finish(
+  config: Any,
+  workdir: str | os.PathLike,
+  load: Callable[[], Dataset],
+  logits: Mapping[str, np.ndarray] | None = None,
+) -> None:
   """Does what is left to do for a run, or runs of several seeds, that have a result: also after an interruption.
 
   Writes the report of each that wants one and has none. If that fails, one line says so, and the result stays.
@@ -45,6 +51,7 @@ def finish(config: Any, workdir: str | os.PathLike, load: Callable[[], Dataset])
     config: of the run.
     workdir: locked by this process.
     load: returns the data set.
+    logits: see `report.write_report`.
   """
   if not distribute.is_primary():
     return
@@ -54,13 +61,16 @@ def finish(config: Any, workdir: str | os.PathLike, load: Callable[[], Dataset])
     return
   with contextlib.suppress(OSError):
     checkpoint.clean(Path(workdir) / 'checkpoints')
-  if 'test_accuracy' not in (record.read_result(workdir) or {}) or jax.process_count() > 1:
+  result = record.read_result(workdir) or {}
+  if isinstance(best := result.get('best_step'), int):  # the state that the result is about; see `saving.restore_best`
+    checkpoint.remove_later(Path(workdir) / 'checkpoints', best)
+  if 'test_accuracy' not in result or jax.process_count() > 1:
     return
   if config.log.report and not (Path(workdir) / 'report.html').exists():
     from cnn_jax.report import write_report  # matplotlib and jinja2, which training does not need
 
     try:
-      write_report(workdir, load())
+      write_report(workdir, load(), logits=logits)
     except Exception as error:
       reason = ' '.join(str(error).split()) or type(error).__name__
       print(f'warning: no report was written, the same command tries again: {reason}', file=sys.stderr)
@@ -109,7 +119,8 @@ def train_seeds(config: Any, dataset: Dataset, workdir: str | os.PathLike, **opt
 def begin(config: Any, workdir: str | os.PathLike) -> dict[str, Any] | None:
   """Checks that a run can begin or continue in a workdir; returns its result if it is complete.
 
-  A run with a constant schedule that has a result for fewer epochs is not complete: it continues.
+  A run with a constant schedule that has a result for fewer epochs is not complete: it continues, unless it stopped
+  early.
 
   Args:
     config: of the run.
@@ -120,9 +131,11 @@ def begin(config: Any, workdir: str | os.PathLike) -> dict[str, Any] | None:
   """
   record.check_config(workdir, config)
   result = record.read_result(workdir)
-  if result is None or config_lib.num_epochs(config, result['num_train']) > result['epochs']:
+  if result is None:
     return None
-  return result
+  epochs = config_lib.num_epochs(config, result['num_train'])
+  lengths = zip(_each(result, 'epochs'), _each(result, 'stopped_early'), strict=True)
+  return result if all(done >= epochs or early for done, early in lengths) else None
 
 
 def write_start(config: Any, workdir: str | os.PathLike) -> None:
@@ -167,6 +180,12 @@ def _one(config: Any, seed: int) -> Any:
   return type(config)(config.to_dict() | {'seed': seed, 'seeds': 1}).lock()
 
 
+def _each(result: Mapping[str, Any], name: str) -> list[Any]:
+  """The value of each seed in a result of one or several; None if the result does not have it."""
+  value = result.get(name)
+  return value['values'] if isinstance(value, Mapping) else [value] * result.get('n', 1)
+
+
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The result of several runs that differ in nothing but the seed.
 
@@ -176,30 +195,43 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   Returns:
     `n`, `seeds`, what all have in common (the data set, numbers of images, parameters, epochs and steps), and for
     each measure, such as `test_accuracy`, an object of `mean`, `std` (of the sample: n - 1), `n` and `values`, in
-    the order of `seeds`. Mean and std are None if a value is None or not finite.
+    the order of `seeds`. Mean and std are None if a value is None or not finite. Epochs and steps are such measures
+    if they differ. `test_per_class` has the mean and the standard deviation of each measure of a class.
   """
   shared = ['dataset', 'provenance', 'data_sha256', 'num_train', 'num_validation', 'num_test', 'num_parameters']
   shared += ['epochs', 'steps', *({'batch_size', 'learning_rate'} & results[0].keys())]  # the last of an adapted config
   summary: dict[str, Any] = {name: results[0].get(name) for name in shared}
   summary |= {'n': len(results), 'seeds': [result['seed'] for result in results]}
-  for name in results[0].keys() - {*shared, 'seed'}:
+  differing = {name for name in ('epochs', 'steps') if len({result[name] for result in results}) > 1}
+  measured = results[0].keys() - {*shared, 'seed', 'test_per_class'}
+  for name in differing | measured.intersection(*results):  # a seed that an earlier version trained has fewer
     values = [result[name] for result in results]
-    known = all(value is not None and math.isfinite(value) for value in values)
-    summary[name] = {
-      'mean': statistics.mean(values) if known else None,
-      'std': statistics.stdev(values) if known else None,
-      'n': len(values),
-      'values': values,
+    summary[name] = _spread(values) | {'n': len(values), 'values': values}
+  if all('test_per_class' in result for result in results):
+    summary['test_per_class'] = {
+      label: {'n': measures['n']}
+      | {name: _spread([r['test_per_class'][label][name] for r in results]) for name in measures.keys() - {'n'}}
+      for label, measures in results[0]['test_per_class'].items()
     }
   return summary
+
+
+def _spread(values: Sequence[Any]) -> dict[str, float | None]:
+  """Mean and standard deviation of the sample; None if a value is None or not finite."""
+  known = all(value is not None and math.isfinite(value) for value in values)
+  numbers = [float(value) for value in values] if known else []
+  return {'mean': statistics.mean(numbers) if known else None, 'std': statistics.stdev(numbers) if known else None}
 
 
 def describe(result: Mapping[str, Any]) -> str:
   """One line about the result of a run, or of several seeds."""
   split = 'test' if 'test_accuracy' in result else 'validation'  # a trial of a sweep does not evaluate the test split
   accuracy, seconds = result[f'{split}_accuracy'], result['train_seconds']
-  images = f'of {result[f"num_{split}"]:,} {split} images correct after {result["epochs"]} epochs'
+  epochs = _each(result, 'epochs')
+  span = f'{min(epochs)} to {max(epochs)}' if min(epochs) < max(epochs) else epochs[0]
+  images = f'of {result[f"num_{split}"]:,} {split} images correct after {span} epochs'
   if 'seeds' in result:
     spread = format_mean_std(accuracy['mean'], accuracy['std'])
     return f'{spread} {images}, mean ± std of {result["n"]} seeds'
-  return f'{accuracy:.2%} {images}, {seconds:.0f} s of training'
+  early = ', stopped early' if result.get('stopped_early') else ''
+  return f'{accuracy:.2%} {images}{early}, {seconds:.0f} s of training'

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+# Purposes of randomness, folded into the key of the seed. Keys are derived, never stored.
+INIT, AUGMENT, DROPOUT, VIEWS = range(4)
+
 
 class TrainState(struct.PyTreeNode):
   """All that changes from step to step, and all that a checkpoint needs."""

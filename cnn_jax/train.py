@@ -21,28 +21,25 @@ from jax import lax
 
 from cnn_jax import (
   Stopped,
-  checkpoint,
   command,
   distribute,
   evaluate,
-  files,
+  final_test,
+  frozen,
   metrics,
   models,
+  parts,
   peers,
   saving,
-  weights,
+  start,
 )
 from cnn_jax import config as config_lib
-from cnn_jax.data import Dataset, augment, drawings, feed, identity
+from cnn_jax.data import Dataset, augment, feed, identity
 from cnn_jax.optim import average, make_optimizer, make_schedule
 from cnn_jax.progress import Pace, Progress
-from cnn_jax.record import Recorder, check_saved_config
-from cnn_jax.run import load_run
+from cnn_jax.record import Recorder
 from cnn_jax.signals import Stopping
-from cnn_jax.state import TrainState, create_state, eval_variables
-
-# Purposes of randomness, folded into the key of the seed. Keys are derived, never stored.
-INIT, AUGMENT, DROPOUT = range(3)
+from cnn_jax.state import AUGMENT, DROPOUT, INIT, TrainState, create_state, eval_variables
 
 STEP_METRICS = ('loss', 'accuracy', 'count', 'learning_rate', 'gradient_norm', 'parameter_norm', 'update_norm')
 
@@ -55,6 +52,7 @@ class Setup:
 
   model: nn.Module
   tx: optax.GradientTransformation
+  boundary: frozen.Boundary | None  # of the maps that are kept; None: training starts from images
   steps_per_epoch: int
   epochs: int
   total_steps: int
@@ -81,24 +79,32 @@ def setup(
   total_steps = epochs * steps_per_epoch
   model = models.create(config.model, num_classes)
   learning_rate = make_schedule(config.schedule, config.optimizer.learning_rate, total_steps, steps_per_epoch)
-  frozen = None
-  if config.model.frozen_stages:
+  stages = None
+  if config.model.frozen_stages or config.optimizer.stage_rates:
     stages = models.parameters_by_stage(model, image_shape)
-    frozen = jax.tree.map(lambda stage: stage <= config.model.frozen_stages, stages)
-  tx = make_optimizer(config.optimizer, learning_rate, frozen)
+  tx = make_optimizer(config.optimizer, learning_rate, stages, config.model.frozen_stages)
+  boundary = frozen.find_boundary(config, model, num_train, image_shape, epochs)
+  prepare = partial(augment.augment, config.augment, config_lib.statistics(config.data))
+  if boundary:
+    prepare = partial(augment.mix, config.augment)
   key = jax.random.fold_in(jax.random.key(config.seed), INIT)
+  variables = models.init(model, key, image_shape, head_only=bool(config.init_from))
+  independent = getattr(model, 'fixed_statistics', False) or not variables['batch_stats']
+  pixels = image_shape[0] * image_shape[1] if not boundary else 0
   step = partial(
     train_step,
-    model=model,
+    model=model.clone(skipped_stages=boundary.stages) if boundary else model,
     tx=tx,
     learning_rate=learning_rate,
-    augmentation=config.augment,
+    prepare=prepare,
     label_smoothing=config.loss.label_smoothing,
+    class_weights=tuple(config.loss.class_weights),
     ema_decay=config.evaluation.ema_decay,
+    num_parts=parts.count(config.batch_size // jax.device_count(), pixels, independent),
   )
-  state = create_state(models.init(model, key, image_shape), tx, config.evaluation.ema_decay)
+  state = create_state(variables, tx, config.evaluation.ema_decay)
   capacity, train_steps = min(max_steps, steps_per_epoch), compile_steps(step, config.seed)
-  return Setup(model, tx, steps_per_epoch, epochs, total_steps, capacity, state, step, train_steps)
+  return Setup(model, tx, boundary, steps_per_epoch, epochs, total_steps, capacity, state, step, train_steps)
 
 
 def train_step(
@@ -109,9 +115,11 @@ def train_step(
   model: nn.Module,
   tx: optax.GradientTransformation,
   learning_rate: optax.Schedule,
-  augmentation: Any,
+  prepare: Callable,
   label_smoothing: float,
+  class_weights: tuple[float, ...],
   ema_decay: float,
+  num_parts: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from one device's part of a batch, averaged over the axis `batch`.
 
@@ -123,33 +131,42 @@ def train_step(
     model: from `models.create`.
     tx: the optimizer.
     learning_rate: its schedule, for the record.
-    augmentation: the section `config.augment`.
+    prepare: makes the network's input, `(key, positions, images, labels) -> (images, labels)`: `augment.augment` of
+      images or `augment.mix` of maps, with the config bound.
     label_smoothing: the share of a label that is spread over all classes.
+    class_weights: of the classes in the loss; see `metrics.relative_weights`. (): no weights.
     ema_decay: of the averages for evaluation; 0: off.
+    num_parts: of the batch, whose gradients are computed one after another; more than 1 leave batch statistics as they are.
 
   Returns:
-    The state after the step, and float32 scalars: `loss`, `accuracy` and `count` (sums over the
+    The state after the step, and float32 scalars: `loss` (weighted), `accuracy` and `count` (sums over the
     global batch), `learning_rate`, and the global norms of gradient, parameters and update.
   """
   one_hot = jax.nn.one_hot(batch['labels'], model.num_classes)
   augment_key = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), state.step)
-  images, labels = augment.augment(augmentation, augment_key, batch['positions'], batch['images'], one_hot)
+  images, labels = prepare(augment_key, batch['positions'], batch['images'], one_hot)
+  weights = metrics.relative_weights(labels, class_weights, distribute.AXIS) if class_weights else None
   labels = metrics.smooth_labels(labels, label_smoothing)
   dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
 
-  def loss_function(params):
+  def loss_function(params, examples):
+    images, labels, positions, weights = examples
     (logits, _), updated = model.apply(
       {'params': params, 'batch_stats': state.batch_stats},
       images,
       train=True,
-      positions=batch['positions'],
+      positions=positions,
       mutable=['batch_stats'],
       rngs={'dropout': dropout_key},
     )
     losses = metrics.cross_entropy(logits, labels)
-    return jnp.mean(losses), (metrics.training_sums(losses, logits, labels), updated.get('batch_stats', {}))
+    losses = losses if weights is None else losses * weights
+    batch_stats = updated.get('batch_stats', {}) if num_parts == 1 else {}
+    return jnp.mean(losses), (metrics.training_sums(losses, logits, labels), batch_stats)
 
-  gradient, (sums, batch_stats) = jax.grad(loss_function, has_aux=True)(state.params)
+  examples = (images, labels, batch['positions'], weights)
+  gradient, (sums, batch_stats) = parts.gradient(loss_function, state.params, examples, num_parts)
+  batch_stats = batch_stats if num_parts == 1 else state.batch_stats
   gradient = lax.pmean(gradient, axis_name=distribute.AXIS)  # the axis of compile_steps' pmap
   sums = lax.psum(sums, axis_name=distribute.AXIS)
   updates, opt_state = tx.update(gradient, state.opt_state, state.params)
@@ -226,6 +243,7 @@ def train(
   *,
   evaluate_test: bool = True,
   on_validation: Callable[[int, dict[str, float]], None] | None = None,
+  on_test: Callable[[np.ndarray], None] | None = None,
   profile: bool = False,
   stopping: Stopping | None = None,
 ) -> dict[str, Any]:
@@ -239,11 +257,13 @@ def train(
       never sees it.
     on_validation: called with the epoch, from 1, and the metrics of each validation, before the
       checkpoint is saved. An exception that it raises ends the run, which can be resumed as if it had been killed.
+    on_test: called with the logits of the test split, float32 (n, num_classes).
     profile: whether to write a trace of one call, for TensorBoard or Perfetto, to `workdir`/plugins/profile.
     stopping: from `command.stop_signal`, if the caller has more to do after this run; None: the run has its own.
 
   Returns:
-    The part of `result.json` about training, and about the test split, which is evaluated once, at the end.
+    The part of `result.json` about training, and about the test split, which is evaluated once, at the end. With
+    `config.evaluation.patience`, the state of the run is then the best on validation.
 
   Raises:
     Diverged: a loss or a norm is not finite; the state is not saved.
@@ -251,35 +271,49 @@ def train(
     UsageError: the workdir holds a run on other data, or only damaged checkpoints.
   """
   asked, config = config, config_lib.adapt(config, len(dataset.train))[0]
+  if 'balanced' in config.loss.class_weights:
+    balanced = metrics.balanced_weights(dataset.train.labels, len(dataset.class_names))
+    config = config_lib.vary(config, {'loss.class_weights': balanced})
   made = setup(config, len(dataset.train), len(dataset.class_names), tuple(dataset.train.images.shape[1:]))
   steps_per_epoch, total_steps = made.steps_per_epoch, made.total_steps
   checkpoints = os.path.join(workdir, 'checkpoints')
-  saver = saving.Saver(checkpoints, config.checkpoint)
+  saver = saving.Saver(checkpoints, config.checkpoint, save_best=config.evaluation.patience > 0)
   primary = distribute.is_primary()
   # Process 0 alone reads checkpoints, because the others may not find them.
-  state, step, info = _restore(checkpoints, made.state, made.tx, dataset, asked) if primary else (made.state, 0, {})
+  state, step, info = (
+    start.restore(checkpoints, made.state, made.tx, dataset, asked) if primary else (made.state, 0, {})
+  )
   step, info = peers.first(lambda: (step, info))
   if step:
     distribute.say(f'Resuming at step {step:,} of {total_steps:,}.')
   elif primary:
     identity.write_record(workdir, dataset, info['data'])
   state = distribute.replicate(distribute.from_first(state))
-  examples = feed.Resident(dataset.train, config.batch_size, config.seed, made.capacity)
-  evaluate_split = partial(evaluate.evaluate_split, made.model, batch_size=config.evaluation.batch_size)
+  evaluate_split = partial(evaluate.evaluate_split, made.model, config=config)
   validation_epochs = saving.epochs_between_validations(config.evaluation, steps_per_epoch)
   windows = metrics.Windows(config.log.every_steps, steps_per_epoch, info.pop('window', None))
   pace = Pace(made.capacity)
+  impatient = partial(saving.out_of_patience, config.evaluation, steps_per_epoch)
+  last = step >= total_steps or impatient(step, info)
 
   with (
     command.stop_signal() if stopping is None else contextlib.nullcontext(stopping) as stopping,
     Recorder(workdir, step=step, config=config, primary=primary) as recorder,
     Progress(total_steps, made.epochs, stream=None if primary else io.StringIO()) as progress,
   ):
-    # A call of no steps compiles, so that the clock of training counts training alone.
     compiling = partial(progress.compiling, hurry=stopping.nothing_to_save)
+    maps = None
+    image_shape = tuple(dataset.train.images.shape[1:])
+    if line := frozen.describe(config, made.model, len(dataset.train), image_shape, made.epochs, made.boundary):
+      distribute.say(line)
+    if made.boundary or (config.fine_tuning.probe and not step):
+      with stopping.nothing_to_save():
+        maps, state = start.from_frozen_stages(made, state, step, dataset, config)
+    examples = feed.Resident(dataset.train, config.batch_size, config.seed, made.capacity, config.data.sampling, maps)
+    # A call of no steps compiles, so that the clock of training counts training alone.
     with compiling('Compiling the training steps'):
       state, _ = made.train_steps(state, examples.images, examples.labels, examples.indices(0, 0, 0), np.int32(0))
-    while step < total_steps:
+    while not last:
       # 1. The next examples.
       epoch, offset = divmod(step, steps_per_epoch)
       count = min(pace.steps, steps_per_epoch - offset)
@@ -322,7 +356,8 @@ def train(
 
       # 5. The checkpoint. All processes stop at the same step, and take as many steps in the next call.
       wanted = primary and saver.wanted(step, epoch + 1 if epoch_ends else None, info)
-      slowest, stop, wanted = distribute.largest(np.array([seconds, float(stopping()), float(wanted)]))
+      last = last or (primary and impatient(step, info))
+      slowest, stop, wanted, last = distribute.largest(np.array([seconds, stopping(), wanted, last], float))
       pace.update(count, float(slowest))
       if wanted or last or stop:
         if validated is None and not stop:
@@ -333,37 +368,13 @@ def train(
       if stop and not last:
         raise Stopped(f'Stopped and saved at step {step:,} of {total_steps:,}; the same command continues from there.')
 
-  tested = evaluate_split(eval_variables(state), dataset.test) if evaluate_test else {}
-  return saving.result(config, dataset, made, models.num_parameters(state.params), info, tested)
+  if config.evaluation.patience:
+    state, info = saving.restore_best(checkpoints, state, info)
 
+  def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    if on_test:
+      on_test(logits)
+    return final_test.measure(workdir, dataset, logits, labels)
 
-def _restore(
-  checkpoints: str, state: TrainState, tx: optax.GradientTransformation, dataset: Dataset, config: Any
-) -> tuple[TrainState, int, dict[str, Any]]:
-  """The newest checkpoint's state, step and notes, or the given state and the first notes."""
-
-  def check(info, _):
-    workdir = os.path.dirname(checkpoints)
-    check_saved_config(workdir, info.get('config'), config)
-    identity.check(info, dataset, workdir)
-
-  restored = checkpoint.restore(checkpoints, state, check=check)
-  identities = {'data': identity.identify(dataset), 'config': files.plain(config.to_dict())}
-  if restored is None:
-    info = {
-      **identities,
-      'dataset': dataset.name,
-      'class_names': list(dataset.class_names),
-      'image_shape': list(dataset.train.images.shape[1:]),
-      'drawing': drawings.measure(dataset.train.images),
-      'bit_depth': dataset.bit_depth,
-      'train_seconds': 0.0,  # of the calls that trained, without compilation, validation and saving
-      'trained_images': 0,
-    }
-    if config.init_from:
-      variables = {'params': state.params, 'batch_stats': state.batch_stats}
-      variables = weights.graft(load_run(config.init_from), variables, dataset.class_names)
-      state = create_state(variables, tx, config.evaluation.ema_decay)
-    return state, 0, info
-  state, step, info = restored
-  return state, step, {**identities, 'trained_images': info.pop('timed_images', 0)} | info  # its name in version 0.1
+  tested = evaluate_split(eval_variables(state), dataset.test, measure=measure) if evaluate_test else {}
+  return saving.result(config, dataset, made, step, models.num_parameters(state.params), info, tested)

@@ -14,10 +14,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cnn_jax import command, config, models, record
+from cnn_jax import command, config, evaluate, models, record
+from cnn_jax.data.augment import Statistics
 from cnn_jax.run import Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Of the input of a network whose config leaves them out.
+LEVELS = Statistics((127.5,), (127.5,))
 
 # For `jax.jit(compiler_options=...)` in tests that check what a function computes: compiling takes half the time.
 QUICK = {'xla_backend_optimization_level': 0}
@@ -67,6 +71,13 @@ def untrained_run(image_shape=(8, 8, 1), num_classes=3, drawing=None, **model):
   )
   variables['batch_stats'] = jax.tree.map(np.abs, variables['batch_stats'])
   return Run(settings, network, variables, tuple('abcdefghij'[:num_classes]), image_shape, 'none', 0, drawing)
+
+
+def logits_of(run, images, batch_size=1000, views=None):
+  """The logits that a run computes for images; see `evaluate.compute_logits`."""
+  return evaluate.compute_logits(
+    run.model, run.variables, images, config.statistics(run.config.data), batch_size, views
+  )
 
 
 def write_pictures(images, labels, folder):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cnn_jax.config import default_config
-from cnn_jax.data.augment import augment, beta_quantile, mixing_weights, normalize, warp
-from tests.helpers import QUICK
+from cnn_jax.data.augment import Statistics, augment, beta_quantile, mixing_weights, normalize
+from cnn_jax.data.geometry import warp
+from tests.helpers import LEVELS, QUICK
 
 pytestmark = pytest.mark.usefixtures('strict')
 
@@ -29,14 +30,14 @@ def batch(n=8, height=6, width=6, channels=1, seed=0):
 
 
 def run(config, images, labels, positions, key=0):
-  return jax.jit(functools.partial(augment, config), compiler_options=QUICK)(
+  return jax.jit(functools.partial(augment, config, LEVELS), compiler_options=QUICK)(
     jax.random.key(key), positions, images, labels
   )
 
 
 def run_sharded(config, images, labels, positions, shards=1):
   """Augments one global batch that is spread over some devices, here those of `vmap`."""
-  mapped = jax.vmap(functools.partial(augment, config, jax.random.key(0)), axis_name='batch')
+  mapped = jax.vmap(functools.partial(augment, config, LEVELS, jax.random.key(0)), axis_name='batch')
   parts = [array.reshape(shards, -1, *array.shape[1:]) for array in (positions, images, labels)]
   return [np.asarray(array).reshape(-1, *array.shape[2:]) for array in jax.jit(mapped, compiler_options=QUICK)(*parts)]
 
@@ -53,16 +54,30 @@ SHIFT_AND_FLIP = {'shift': 2, 'flip': True}
 
 
 def test_normalize_maps_the_ends_and_the_middle():
-  result = normalize(np.array([0, 51, 204, 255], np.uint8).reshape(1, 2, 2, 1))
+  result = normalize(np.array([0, 51, 204, 255], np.uint8).reshape(1, 2, 2, 1), LEVELS)
   assert result.dtype == jnp.float32
   np.testing.assert_array_equal(result.ravel(), np.array([-1, -0.6, 0.6, 1], np.float32))
+
+
+def test_each_channel_has_its_own_statistics():
+  statistics = Statistics((50.0, 100.0, 0.0), (10.0, 100.0, 255.0))
+  result = normalize(np.array([[[60, 200, 51]]], np.uint8), statistics)
+  np.testing.assert_array_equal(result, np.array([[[1, 1, 0.2]]], np.float32))
+
+
+def test_the_default_statistics_give_the_bits_of_one_formula():
+  """Old runs continue with the same bits: (2 x - 255) / 255, also of levels between whole ones."""
+  levels = np.random.default_rng(0).uniform(0, 255, 100_000).astype(np.float32)
+  levels = np.concatenate([np.arange(256, dtype=np.float32), levels])
+  for function in (lambda x: normalize(x, LEVELS), jax.jit(lambda x: normalize(x, LEVELS))):
+    np.testing.assert_array_equal(function(levels), jax.jit(lambda x: (2 * x - 255) / 255)(levels))
 
 
 def test_with_every_field_off_it_is_normalize():
   images, labels, positions = batch(channels=3)
   result, same = run(settings(), images, labels, positions)
-  np.testing.assert_array_equal(result, jax.jit(normalize)(images))
-  np.testing.assert_array_equal(result, normalize(images))
+  np.testing.assert_array_equal(result, jax.jit(normalize, static_argnums=1)(images, LEVELS))
+  np.testing.assert_array_equal(result, normalize(images, LEVELS))
   np.testing.assert_array_equal(same, labels)
 
 
@@ -109,8 +124,8 @@ def test_flip_mirrors_half_of_the_images():
   n = 1000
   images, _, _positions = batch(1, 4, 5, 3)
   result, _ = run(settings(flip=True), jnp.broadcast_to(images, (n, 4, 5, 3)), jnp.zeros((n, 1)), jnp.arange(n))
-  as_is = (np.asarray(result) == np.asarray(normalize(images))).all((1, 2, 3))
-  mirrored = (np.asarray(result) == np.asarray(normalize(images[:, :, ::-1]))).all((1, 2, 3))
+  as_is = (np.asarray(result) == np.asarray(normalize(images, LEVELS))).all((1, 2, 3))
+  mirrored = (np.asarray(result) == np.asarray(normalize(images[:, :, ::-1], LEVELS))).all((1, 2, 3))
   assert (as_is ^ mirrored).all()
   assert 420 < mirrored.sum() < 580
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from benchmarks.many_seeds import run as many_seeds
 from benchmarks.mnist_speedrun import run as mnist_speedrun
 from benchmarks.scaling import run as scaling
 from benchmarks.start_up import run as start_up
-from cnn_jax import UsageError
+from cnn_jax import UsageError, config
 from tests.helpers import call_command
 
 PEER = """
@@ -150,38 +151,101 @@ def test_mnist_speedrun(monkeypatch, tmp_path):
   assert ours['seconds']['min'] > 0
 
 
-@pytest.fixture(scope='module')
-def fine_tuned(tmp_path_factory):
-  """The results of the benchmark fine_tuning, and the workdir of its runs."""
-  place = tmp_path_factory.mktemp('fine_tuning')
+@pytest.fixture
+def photographs(tmp_path):
+  """A folder of four classes: eight training and two test pictures of each."""
   random = np.random.default_rng(0)
   for split, count in (('train', 8), ('test', 2)):
     for level, name in enumerate('abcd'):
-      folder = place / 'pictures' / split / name
+      folder = tmp_path / 'photographs' / split / name
       folder.mkdir(parents=True)
       for i in range(count):
         Image.fromarray(random.integers(60 * level, 60 * level + 60, (8, 8, 3), np.uint8)).save(folder / f'{i}.png')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.delitem(fine_tuning.WAYS, 'fine-tuned')  # a part of the third way
-    found = _run(
-      'fine_tuning', place, f'--data_dir={place / "pictures"}', f'--workdir={place / "runs"}', '--seeds=1',
-      '--pictures=4', '--epochs=2', '--steps=3', '--config.data.image_size=8', '--config.data.validation=0.0',
-      '--config.model.features=(2, 2)', '--config.batch_size=4', '--config.augment.shift=0',
-      '--config.augment.flip=False', '--config.log.tensorboard=False',
-    )  # fmt: skip
-  return found, place / 'runs'
+  return tmp_path / 'photographs'
 
 
-def test_fine_tuning(fine_tuned):
-  found, _ = fine_tuned
-  assert found['base_classes'] == 2
-  assert [row['accuracy']['n'] for row in found['measurements']] == [1, 1]
-  assert all(row['seconds']['min'] > 0 for row in found['measurements'])
+class _FakePeer:
+  """In place of PyTorch: names a class right in recipes of SGD only."""
+
+  ready: ClassVar = {'version': '0'}
+
+  def __init__(self, decoded, *_):
+    self._decoded = np.load(decoded)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def ask(self, recipe, seed, fold):
+    if fold >= 0:  # the test pictures are not even there
+      assert set(self._decoded.files) == {'images', 'labels', 'folds'}
+    n = len(self._decoded['test_labels']) if fold < 0 else int((self._decoded['folds'] == fold).sum())
+    return {'correct': n if json.loads(recipe)['optimizer'] == 'sgd' else 0, 'n': n}
 
 
-def test_start_up(fine_tuned, monkeypatch, tmp_path):
-  trained = fine_tuned[1] / 'base'
-  monkeypatch.setattr(start_up, 'train_digits', lambda workdir, cache: shutil.copytree(trained, workdir))
+@pytest.fixture
+def fake_peer(monkeypatch):
+  monkeypatch.setattr(peers, 'check_pytorch', lambda python: None)
+  monkeypatch.setattr(fine_tuning, '_start_peer', _FakePeer)
+
+
+def test_fine_tuning(photographs, fake_peer, monkeypatch, tmp_path):
+  tiny = (
+    '--config=configs/image_folder.py', '--config.data.image_size=8', '--config.model.features=(2,)',
+    '--config.model.convs_per_block=1', '--config.epochs=1', '--config.min_steps=1', '--config.data.validation=0.0',
+    '--config.augment.shift=0', '--config.augment.flip=False', '--config.log.tensorboard=False',
+    '--config.log.report=False',
+  )  # fmt: skip
+  monkeypatch.setattr(fine_tuning, 'WAYS', {'ours': tiny})
+  monkeypatch.setattr(fine_tuning, 'CHOSEN', 'SGD 0.002')
+  found = _run(
+    'fine_tuning', tmp_path, f'--data_dir={photographs}', f'--workdir={tmp_path / "runs"}', '--pictures=3',
+    '--seeds=1', '--pytorch_python=any',
+  )  # fmt: skip
+  ours, pytorch = found['measurements']
+  assert (ours['way'], ours['set'], ours['pictures'], ours['accuracy']['n']) == ('ours', 'photographs', 3, 1)
+  assert (pytorch['way'], pytorch['accuracy']['mean'], found['versions']['torch']) == ('PyTorch', 1.0, '0')
+  assert ours['seconds']['median'] > 1 > pytorch['seconds']['median']
+  for split, count in (('train', 3), ('test', 2)):
+    for name in 'abcd':
+      assert len(list(tmp_path.glob(f'runs/*/pictures-0/{split}/{name}/*'))) == count
+  assert 'Time of PyTorch / time of ours' in fine_tuning.tables(found)['measurements']
+
+
+def test_the_recipe_of_pytorch_is_chosen_on_training_pictures(photographs, fake_peer, tmp_path):
+  choice = _run(
+    'fine_tuning', tmp_path, f'--data_dir={photographs}', f'--workdir={tmp_path / "runs"}', '--choose',
+    '--pytorch_python=any', '--config.data.image_size=8',
+  )['choice']  # fmt: skip
+  counts = {row['recipe']: row['sets']['photographs'] for row in choice['measurements']}
+  assert counts['SGD 0.005'] == {'correct': 32, 'n': 32}  # each training picture is held out once
+  assert counts['AdamW 1e-4'] == {'correct': 0, 'n': 32}
+
+
+def test_folds_have_as_many_of_each_class():
+  labels = np.repeat(np.arange(3), 7)
+  folds = fine_tuning.split_folds(labels, 3)
+  for label in range(3):
+    assert sorted(np.bincount(folds[labels == label])) == [2, 2, 3]
+  assert len(set(map(tuple, folds.reshape(3, 7)))) == 3
+
+
+@pytest.mark.parametrize('way', fine_tuning.WAYS)
+def test_the_ways_of_fine_tuning_are_configs(way):
+  file, *overrides = fine_tuning.WAYS[way]
+  config.check(config.load(str(peers.ROOT / file.removeprefix('--config=')), overrides))
+
+
+def test_fine_tuning_leaves_an_old_workdir_alone(photographs, tmp_path):
+  done = call_command('benchmarks.fine_tuning.run', f'--data_dir={photographs}', f'--workdir={tmp_path}')
+  assert (done.returncode, photographs.is_dir()) == (2, True)
+  assert 'exists; remove it' in done.stderr
+
+
+def test_start_up(digits_run, monkeypatch, tmp_path):
+  monkeypatch.setattr(start_up, 'train_digits', lambda workdir, cache: shutil.copytree(digits_run, workdir))
   monkeypatch.setattr(start_up, 'TIMES', start_up.TIMES[1:3])  # one of training, one of prediction
   found = _run(
     'start_up', tmp_path, '--repeats=1', '--config=configs/digits.py', '--config.model.features=(2,)',

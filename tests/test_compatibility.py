@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from cnn_jax import checkpoint, evaluate, record
+from cnn_jax import checkpoint, record
 from cnn_jax.run import load_run
-from tests.helpers import ROOT, call_command
+from tests.helpers import ROOT, call_command, logits_of
 
 REFERENCES = ROOT / 'tests' / 'references'
 # The command in environment.json, less its workdir.
@@ -49,7 +49,7 @@ def test_an_old_run_predicts_what_it_predicted(old, end):
   run = load_run(old)
   assert (run.step, run.image_shape, len(run.class_names)) == (25, (8, 8, 1), 10)
   assert run.config.model.name == 'cnn'
-  logits = evaluate.compute_logits(run.model, run.variables, end['images'], 8)
+  logits = logits_of(run, end['images'], 8)
   np.testing.assert_allclose(logits, end['logits'], rtol=1e-5, atol=1e-6)
 
 

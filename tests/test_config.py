@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -18,6 +20,7 @@ PARAMETERS = {
   'cifar10.py:100': ((32, 32, 3), 100, 2_393_828),
   'digits.py': ((8, 8, 1), 10, 65_834),
   'image_folder.py': ((32, 32, 3), 10, 373_834),
+  'photographs.py': ((224, 224, 3), 5, 3_379_973),
 }
 
 
@@ -79,6 +82,7 @@ def _unread(tmp_path, monkeypatch, config):
   ways = (
     {'data.source': 'folder', 'data.dir': str(pictures), 'optimizer.name': 'adamw', 'schedule.name': 'cosine'},
     {'data.source': 'bundled', 'data.name': 'digits', 'data.dir': '', 'optimizer.name': 'muon'},
+    {'model.frozen_stages': 1, 'fine_tuning.views': 1},
   )
   for i, fields in enumerate(ways):
     with config.unlocked():
@@ -213,6 +217,12 @@ def test_a_config_of_an_earlier_version_is_translated():
     ('optimizer.learning_rate', float('nan'), 'finite'),
     ('schedule.warmup_epochs', 12.0, 'must end before'),
     ('augment.erase', 1.5, 'at most 1'),
+    ('augment.hue', 0.6, 'at most 0.5'),
+    ('evaluation.views', True, 'config.augment has neither'),
+    ('data.mean', (128.0,), 'config.data.mean is (128.0,) but config.data.std is ()'),
+    ('data.std', (1.0, 2.0), 'give one number of levels, such as (127.5,), or three'),
+    ('data.std', ('1',), 'give one number of levels'),
+    ('data.std', (0.0,), 'config.data.std is (0.0,); it must be greater than zero'),
   ],
 )
 def test_impossible_values_are_one_sentence(field, value, message):
@@ -220,7 +230,7 @@ def test_impossible_values_are_one_sentence(field, value, message):
   section, _, name = field.rpartition('.')
   with config.ignore_type():
     (config[section] if section else config)[name] = value
-  with pytest.raises(UsageError, match=message.replace('.', r'\.').replace('(', r'\(')) as error:
+  with pytest.raises(UsageError, match=re.escape(message)) as error:
     config_lib.check(config)
   assert '\n' not in str(error.value)
 
@@ -259,6 +269,17 @@ def test_the_config_fits_the_data():
   config.augment.shift = 0
   with pytest.raises(UsageError, match='at least 4 pixels'):
     config_lib.check_data(config, 128, 10, (3, 28, 1))
+  config.data.mean, config.data.std = (120.0, 110.0, 100.0), (60.0, 60.0, 60.0)
+  config_lib.check_data(config, 128, 10, (28, 28, 3))
+  with pytest.raises(UsageError, match='the images are grey'):
+    config_lib.check_data(config, 128, 10, (28, 28, 1))
+
+
+def test_statistics_have_a_default():
+  config = default_config()
+  assert config_lib.statistics(config.data) == ((127.5,), (127.5,))
+  config.data.mean, config.data.std = (120, 110, 100), (60.5, 60, 60)
+  assert config_lib.statistics(config.data) == ((120.0, 110.0, 100.0), (60.5, 60.0, 60.0))
 
 
 def test_the_warm_up_ends_before_the_training_of_the_data_at_hand():

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from cnn_jax.data import decode, images, load_dataset
+from cnn_jax.data import cache, decode, identity, images, load_dataset
 from tests.datasets import make_folder, make_tfds, settings, write
 
 pytestmark = pytest.mark.usefixtures('offline')
@@ -38,6 +38,30 @@ def test_nothing_is_decoded_the_second_time(cached):
   larger, calls = cached(image_size=8)
   assert calls == 41
   assert larger.train.images.shape[1] == 8
+
+
+def test_a_large_set_stays_in_its_copy(cached, monkeypatch):
+  first, _ = cached()
+  expected = {name: getattr(first, name) for name in ('train', 'validation', 'test')}
+  monkeypatch.setattr(cache, 'RESIDENT_BYTES', 0)
+  for size in (0, 8):  # a copy that was there, and one that is made
+    dataset, _ = cached(image_size=size)
+    assert isinstance(dataset.train.images, cache.Rows)
+    if size:
+      monkeypatch.setattr(cache, 'RESIDENT_BYTES', 2**30)
+      small, calls = cached(image_size=size)
+      assert calls == 0
+      expected = {name: getattr(small, name) for name in expected}
+    for name, split in expected.items():
+      rows = getattr(dataset, name).images
+      assert rows.shape == split.images.shape and len(rows) == len(split)
+      np.testing.assert_array_equal(rows, split.images)
+      np.testing.assert_array_equal(rows[1:3], split.images[1:3])
+      np.testing.assert_array_equal(rows[0], split.images[0])
+      np.testing.assert_array_equal(rows[np.array([1, 0, 0])], split.images[[1, 0, 0]])
+      assert rows[:0].shape == split.images[:0].shape
+    if not size:
+      assert identity.identify(dataset) == identity.identify(first)
 
 
 def test_a_changed_file_is_decoded_again(cached, tmp_path):

@@ -13,7 +13,7 @@ from cnn_jax import UsageError, calibration, evaluate, predict
 from cnn_jax.config import default_config
 from cnn_jax.pictures import load_folder
 from cnn_jax.run import load_run, load_run_dataset
-from tests.helpers import call_command, untrained_run, write_pictures
+from tests.helpers import LEVELS, call_command, logits_of, untrained_run, write_pictures
 
 
 @pytest.fixture(scope='module')
@@ -32,10 +32,6 @@ def pictures(dataset, tmp_path_factory):
   return write_pictures(dataset.test.images[:64], dataset.test.labels, tmp_path_factory.mktemp('pictures'))
 
 
-def _logits(run, images):
-  return evaluate.compute_logits(run.model, run.variables, images, 1000)
-
-
 # Chunks -------------------------------------------------------------------------------------------
 
 
@@ -51,7 +47,7 @@ def test_chunks_are_divisors_if_possible():
 def test_a_batch_without_a_divisor_needs_little_memory_and_gives_the_same_logits():
   run = untrained_run()
   images = np.random.default_rng(1).integers(0, 256, (1000, 8, 8, 1), np.uint8)
-  steps = [evaluate.eval_step.lower(run.model, run.variables, images[:n]).compile() for n in (997, 1000)]
+  steps = [evaluate.eval_step.lower(run.model, run.variables, images[:n], LEVELS).compile() for n in (997, 1000)]
   odd, even = (step(run.variables, images[:n]) for step, n in zip(steps, (997, 1000), strict=True))
   np.testing.assert_allclose(odd, even[:997], rtol=1e-5, atol=1e-6)
   # The images are copied to be padded; the whole batch at once would take ten times as much.
@@ -88,6 +84,7 @@ def framed_image():
 def test_tta_averages_probabilities_over_the_views(framed_image):
   settings = default_config()
   settings.augment.shift, settings.augment.flip, settings.augment.padding = 2, True, 'reflect'
+  settings.data.mean, settings.data.std = (90.0,), (40.0,)
   run = dataclasses.replace(untrained_run(), config=settings)
   views = []
   for mirrored in (framed_image, framed_image[:, ::-1]):
@@ -96,6 +93,9 @@ def test_tta_averages_probabilities_over_the_views(framed_image):
   expected = plain.predict(np.stack(views)[..., None]).mean(axis=0)
   np.testing.assert_allclose(plain.predict(framed_image, tta=True), expected, atol=1e-6)
   assert np.abs(expected - plain.predict(framed_image)).max() > 1e-4
+  settings.evaluation.views = True  # the run averages by itself
+  np.testing.assert_array_equal(plain.predict(framed_image), plain.predict(framed_image, tta=True))
+  assert np.abs(expected - plain.predict(framed_image, tta=False)).max() > 1e-4
 
 
 def test_a_view_is_the_prediction_of_the_shifted_image():
@@ -104,7 +104,7 @@ def test_a_view_is_the_prediction_of_the_shifted_image():
 
   def logits(images, *views):
     views = evaluate.Views(views, 'reflect') if views else None
-    return evaluate.compute_logits(run.model, run.variables, images, 1, views)
+    return logits_of(run, images, 1, views)
 
   np.testing.assert_allclose(np.exp(logits(images, (False, 0, 0))), calibration.softmax(logits(images)), atol=1e-6)
   moved = np.concatenate([images[:, 1:2], images[:, :-1]], axis=1)  # down by one; above, the reflection of row 1
@@ -122,11 +122,11 @@ def _evaluate(workdir, *arguments):
 
 def test_top_k_and_calibration(digits_run, run, dataset):
   found = _evaluate(digits_run, '--top_k=2', '--calibrate')
-  logits, labels = _logits(run, dataset.test.images), dataset.test.labels
+  logits, labels = logits_of(run, dataset.test.images), dataset.test.labels
   ranks = np.argsort(np.argsort(-logits, axis=1), axis=1)[np.arange(len(logits)), labels]
   assert found['top2_accuracy'] == np.mean(ranks < 2)
   validation = dataset.validation
-  temperature = calibration.fit_temperature(_logits(run, validation.images), validation.labels)
+  temperature = calibration.fit_temperature(logits_of(run, validation.images), validation.labels)
   assert found['temperature'] == pytest.approx(temperature, rel=1e-4)
   for name, t in {'calibration_error': 1.0, 'calibrated_calibration_error': temperature}.items():
     expected = calibration.expected_calibration_error(calibration.softmax(logits, t), labels)
@@ -146,7 +146,7 @@ def test_a_folder_gives_the_metrics_of_its_images(digits_run, run, dataset, pict
   assert found['n'] == 64
   assert found['data_dir'] == str(pictures)
   assert 'split' not in found
-  logits = _logits(run, dataset.test.images[:64])
+  logits = logits_of(run, dataset.test.images[:64])
   assert found['accuracy'] == np.mean(np.argmax(logits, axis=1) == dataset.test.labels[:64])
 
 
@@ -200,7 +200,7 @@ def test_images_of_a_folder_that_cannot_be_read_are_left_out(digits_run, run, da
   assert done.returncode == 2
   found = json.loads(done.stdout)
   assert found['n'] == 64
-  logits = _logits(run, dataset.test.images[:64])
+  logits = logits_of(run, dataset.test.images[:64])
   assert found['accuracy'] == np.mean(np.argmax(logits, axis=1) == dataset.test.labels[:64])
   first, second, last = done.stderr.splitlines()
   assert 'a.png is a text file' in first

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import cnn_jax
-from cnn_jax import UsageError, calibration, checkpoint, config, evaluate, export, models, record, run
-from tests.helpers import ROOT, call_command
+from cnn_jax import UsageError, calibration, checkpoint, config, export, models, record, run
+from tests.helpers import ROOT, call_command, logits_of
 
 _NAMES = ('left', 'right', '<img src=x onerror=alert(1)>', 'größer', 'a b')
 # Odd sizes, so that padding is asymmetric and pooling drops a row.
@@ -34,6 +34,7 @@ _VARIANTS = {
   'flat': {'aggregate': 'flatten', 'head': 'conv1x1', 'dropout': 0.5, 'activation': 'gelu'},
 }
 _BATCHES = (1, 7, 64)
+_STATISTICS = (120.0, 128.0, 135.0), (140.0, 127.0, 115.0)  # per channel
 
 
 class _Residual(nn.Module):
@@ -75,6 +76,7 @@ def _images(n=64):
 def _random_run(variant='default', **model):
   """A run with random weights and statistics: scales of either sign, biases and means that are not zero."""
   settings = config.default_config()
+  settings.data.mean, settings.data.std = _STATISTICS
   if variant == 'another network':
     network = _Residual(**model)
   else:
@@ -104,7 +106,11 @@ def _random_run(variant='default', **model):
 def _expected(variant='default'):
   """Probabilities of `_images()` as `evaluate` and `predict` compute them."""
   random_run = _random_run(variant)
-  found = calibration.softmax(evaluate.compute_logits(random_run.model, random_run.variables, _images(), 64))
+  found = calibration.softmax(logits_of(random_run, _images(), 64))
+  if variant == 'default':
+    mean, std = np.array(_STATISTICS, np.float32)
+    logits, _ = random_run.model.apply(random_run.variables, (_images() - mean) / std)
+    _assert_same(calibration.softmax(np.asarray(logits)).astype(np.float32), found)
   # Images differ by a hundred times the tolerance and more, and no probability is stuck at 0 or 1.
   assert found.std(axis=0).max() > 1e-3, variant
   assert 0.21 < found.max(axis=1).mean() < 0.95, variant

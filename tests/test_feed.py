@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cnn_jax.data import Split, feed
-from cnn_jax.data.feed import epoch_indices
+from cnn_jax.data.feed import balanced_indices, epoch_indices
 
 pytestmark = pytest.mark.usefixtures('strict')
 
@@ -40,6 +40,32 @@ def test_each_epoch_leaves_out_a_different_remainder():
 
 def test_a_batch_larger_than_the_split_leaves_no_step():
   assert epoch_indices(3, 4, 0, 0).shape == (0, 4)
+
+
+@pytest.mark.parametrize(('counts', 'batch_size'), [((90, 9, 1), 8), ((1, 1), 1), ((7, 0, 5), 4), ((3, 3, 3, 3), 5)])
+def test_every_class_and_every_image_of_a_class_is_drawn_equally_often(counts, batch_size):
+  labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+  drawn = np.zeros(len(labels), int)
+  for epoch in range(7):
+    indices = balanced_indices(labels, batch_size, 3, epoch)
+    assert indices.shape == epoch_indices(len(labels), batch_size, 3, epoch).shape and indices.dtype == np.int32
+    np.testing.assert_array_equal(indices, balanced_indices(labels, batch_size, 3, epoch))
+    drawn += np.bincount(indices.ravel(), minlength=len(labels))
+    of_epoch = np.bincount(labels[indices.ravel()], minlength=len(counts))[np.array(counts) > 0]
+    in_total = np.bincount(labels, drawn, minlength=len(counts))[np.array(counts) > 0]
+    assert np.ptp(of_epoch) <= 1 and np.ptp(in_total) <= 1
+    assert all(np.ptp(drawn[labels == label]) <= 1 for label in np.unique(labels))
+
+
+def test_balanced_orders_are_shuffled_and_differ():
+  labels = np.repeat(np.arange(2, dtype=np.int32), (40, 8))
+  orders = [balanced_indices(labels, 8, seed, epoch).ravel() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+  assert all((labels[order[:8]] == 0).any() and (labels[order[:8]] == 1).any() for order in orders)
+  assert len({tuple(order) for order in orders}) == 3
+  frequent = [set(order[labels[order] == 0]) for order in orders[:2]]
+  assert len(frequent[0] | frequent[1]) == 40  # the second epoch goes on where the first one ended
+  examples = feed.Resident(Split(np.zeros((48, 1, 1, 1), np.uint8), labels), 8, 1, 6, 'balanced')
+  np.testing.assert_array_equal(examples.indices(0, 0, 6)[:, 0].ravel(), orders[2])
 
 
 @pytest.fixture(scope='module')

@@ -45,6 +45,19 @@ class Unusual(nn.Module):
     return maps['logits'], maps
 
 
+class Shuffled(nn.Module):
+  """Two 3x3 convolutions whose channels are exchanged in pairs between them, which needs their number."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, images, train=False, positions=None):
+    maps = {'stage1': nn.Conv(6, (3, 3))(images)}
+    x = maps['stage1'].reshape(*images.shape[:3], 3, 2).swapaxes(3, 4).reshape(*images.shape[:3], 6)
+    maps['stage2'] = nn.Conv(6, (3, 3))(x)
+    return maps['stage2'].mean((1, 2)), maps
+
+
 def test_layers_of_an_unusual_network_by_hand():
   layers = {'/'.join(layer.path): layer for layer in inspect.layer_table(Unusual(), (7, 7, 1))}
   # A 7x7 image convolved with a 3x3 kernel gives a 5x5 map.
@@ -66,6 +79,8 @@ def test_receptive_fields_of_an_unusual_network_by_hand():
   assert fields['stage1'] == (inspect.Field(0, 3, 1),) * 2
   assert fields['stage2'] == (inspect.Field(-2, 7, 1),) * 2  # a 3x3 kernel with holes, over 3x3 pixels: 5 + 2
   assert fields['stage3'] is None  # its gate depends on all pixels
+  fields = inspect.receptive_fields(Shuffled(), (9, 9, 1))
+  assert fields == {'stage1': (inspect.Field(-1, 3, 1),) * 2, 'stage2': (inspect.Field(-2, 5, 1),) * 2}
 
 
 def test_receptive_fields_by_hand():
@@ -122,17 +137,35 @@ def test_receptive_fields_hold_for_every_place(kernel_size, stride, convs, pool)
 def test_activation_maps_average_to_the_logits(head):
   model = _network(3, features=(8, 16), norm='none', head=head)
   variables = _random_variables(model, (8, 8, 1))
-  assert inspect.has_class_activation_maps(model, (8, 8, 1))
   images = np.random.default_rng(1).normal(size=(5, 8, 8, 1)).astype(np.float32)
   maps = model.apply(variables, images)[1]
-  evidence = inspect.class_activation_maps(variables, np.asarray(maps['stage2']), np.tile(np.arange(3), (5, 1)))
+  assert inspect.averaged_stages(maps) == ['stage2']
+  assert inspect.averaged_stages({name: x[0] for name, x in maps.items()}) == ['stage2']
+  evidence = inspect.class_activation_maps(variables, {'stage2': maps['stage2']}, np.tile(np.arange(3), (5, 1)))
   assert evidence.shape == (5, 3, 4, 4)
   bias = variables['params']['head']['bias']
   np.testing.assert_allclose(evidence.mean(axis=(2, 3)) + bias, maps['logits'], rtol=1e-5, atol=1e-4)
 
 
-def test_a_flattened_input_of_the_head_has_no_activation_maps():
-  assert not inspect.has_class_activation_maps(_network(aggregate='flatten'), (16, 16, 1))
+def test_a_head_that_reads_something_else_has_no_activation_maps():
+  stage = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
+  mean = stage.mean(axis=(1, 2))
+  assert inspect.averaged_stages({'stage1': stage, 'pooled': mean}) == ['stage1']
+  for pooled in (stage.reshape(2, -1), mean / np.linalg.norm(mean, axis=1, keepdims=True), stage.max(axis=(1, 2))):
+    assert inspect.averaged_stages({'stage1': stage, 'pooled': pooled}) == []  # flattened, normed, maximum
+
+
+def test_evidence_of_several_stages_averages_to_the_logits():
+  rng = np.random.default_rng(0)
+  shapes = {'stage1': (2, 9, 9, 5), 'stage2': (2, 7, 5, 3), 'stage3': (2, 4, 3, 4)}
+  maps = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  pooled = np.concatenate([maps['stage2'].mean((1, 2)), maps['stage3'].mean((1, 2))], axis=1)
+  assert inspect.averaged_stages(maps | {'pooled': pooled}) == ['stage2', 'stage3']
+  head = {'kernel': rng.normal(size=(7, 6)).astype(np.float32)}
+  averaged = {name: maps[name] for name in ('stage2', 'stage3')}
+  evidence = inspect.class_activation_maps({'params': {'head': head}}, averaged, np.tile(np.arange(6), (2, 1)))
+  assert evidence.shape == (2, 6, 7, 5)
+  np.testing.assert_allclose(evidence.mean((2, 3)), pooled @ head['kernel'], rtol=1e-5, atol=1e-5)
 
 
 def test_layers_by_hand():
@@ -160,7 +193,8 @@ def test_the_first_convolution_is_the_one_that_reads_the_image():
   model = _network(features=(4, 6), norm='none', pool='none')
   variables = _random_variables(model, (5, 5, 1))
   images = jnp.zeros((1, 5, 5, 1)).at[0, 2, 2].set(1)
-  kernel, response = inspect.first_convolution(model, variables, images)
+  maps, kernel, response = inspect.maps_and_first_convolution(model, variables, images)
+  assert list(maps) == ['stage1', 'stage2', 'pooled', 'logits']
   assert kernel.shape == (3, 3, 1, 4)
   # The response to a single bright pixel is the kernel, mirrored, and the bias.
   bias = variables['params']['block1']['conv1']['bias']

@@ -241,8 +241,11 @@ def test_images_are_transposed_once_on_the_way_through_convolutions():
       x = nn.relu(_conv(x, _NUMBERS[..., :4])) + x * _NUMBERS[0, 0, :, 0]
     return nn.max_pool(x, (2, 2), strides=(2, 2)).mean((1, 2))
 
-  operators = _operators(convert(lambda x: function(_conv(2 * x)[..., :4]), _SHAPE, np.float32))
-  assert operators[:3] == ['Transpose', 'Mul', 'Conv'] and operators.count('Transpose') == 1
+  model = convert(lambda x: function(_conv(2 * x - _NUMBERS[0, 0, :, 1])[..., :4]), _SHAPE, np.float32, 'x', 'y')
+  operators = _operators(model)
+  assert operators[:4] == ['Transpose', 'Mul', 'Sub', 'Conv'] and operators.count('Transpose') == 1
+  expected = function(_conv(2 * _IMAGES - _NUMBERS[0, 0, :, 1])[..., :4])
+  np.testing.assert_allclose(_session(model).run(None, {'x': _IMAGES})[0], expected, rtol=1e-4, atol=1e-4)
 
 
 _SCALE, _SHIFT = np.float32([2, 0.5, 3, 1, 4, 5]), np.arange(6, dtype=np.float32)
@@ -257,6 +260,7 @@ def _norm(x, scale=_SCALE):
   [
     (lambda x: _norm(_conv(x)), ['Conv']),
     (lambda x: _norm(_conv(x) + 1) / 3, ['Conv']),
+    (lambda x: ops.relu6(_norm(_conv(x))), ['Conv', 'Clip']),
     (lambda x: _norm(nn.max_pool(_conv(x), (2, 2), (2, 2))), ['Conv', 'MaxPool']),
     (lambda x: _norm(nn.max_pool(_conv(x), (2, 2), (2, 2)), -_SCALE), ['Conv', 'MaxPool', 'Mul', 'Add']),
     (lambda x: _norm(ops.avg_pool(_conv(x), (2, 2), (2, 2)), -_SCALE), ['Conv', 'Slice', 'AveragePool']),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax import evaluate, workdirs
+from cnn_jax import workdirs
 from cnn_jax.run import load_run, load_run_dataset
-from tests.helpers import ROOT, call_command, run_command
+from tests.helpers import ROOT, call_command, logits_of, run_command
 
 DIGITS = '--config=configs/digits.py'
 
@@ -66,7 +66,7 @@ def test_a_run_is_read_back_for_use(digits_run):
   assert run.class_names == tuple('0123456789')
   assert run.image_shape == (8, 8, 1)
   split = load_run_dataset(run).test
-  logits = evaluate.compute_logits(run.model, run.variables, split.images, 100)
+  logits = logits_of(run, split.images, 100)
   result = json.loads((digits_run / 'result.json').read_text())
   assert (logits.argmax(axis=1) == split.labels).mean() == result['test_accuracy']
 

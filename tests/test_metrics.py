@@ -1,8 +1,11 @@
 """Losses and metrics, by cases computed by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn.metrics import precision_recall_fscore_support
+from sklearn.utils.class_weight import compute_class_weight
 
 from cnn_jax import Diverged, metrics
 
@@ -44,6 +47,40 @@ def test_smoothing_and_cross_entropy_by_hand():
   logits = jnp.log(jnp.array([[0.75, 0.25]]))
   expected = -(0.9 * np.log(0.75) + 0.1 * np.log(0.25))
   np.testing.assert_allclose(metrics.cross_entropy(logits, labels), [expected], rtol=1e-5)
+
+
+def test_weights_give_the_weighted_mean_of_the_global_batch():
+  """Three devices of two examples each; the fourth label is mixed, and has the weight of its classes in proportion."""
+  labels = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2, 0]]
+  labels[3] = (0.25, 0, 0.75)
+  losses = np.array([1, 2, 3, 4, 5, 6], np.float32)
+  weights = np.array([1, 1, 4, 0.25 + 0.75 * 8, 8, 1])
+
+  def mean_loss(labels, losses):
+    weights = metrics.relative_weights(labels, (1.0, 4.0, 8.0), 'devices')
+    return jax.lax.pmean(jnp.mean(losses * weights), 'devices')
+
+  found = jax.vmap(mean_loss, axis_name='devices')(labels.reshape(3, 2, 3), losses.reshape(3, 2))
+  np.testing.assert_allclose(found, np.sum(weights * losses) / np.sum(weights), rtol=1e-6)
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+  labels = np.array([0] * 6 + [1] * 3 + [3] * 1)
+  expected = compute_class_weight('balanced', classes=np.array([0, 1, 3]), y=labels)
+  assert metrics.balanced_weights(labels, 5) == pytest.approx((expected[0], expected[1], 1, expected[2], 1))
+
+
+def test_precision_and_recall_of_each_class():
+  logits = np.eye(4)[[0, 0, 0, 1, 1, 3]]
+  labels = np.array([0, 0, 1, 1, 2, 2])
+  found = metrics.class_metrics(logits, labels)
+  assert found == {'precision': [2 / 3, 1 / 2, None, 0], 'recall': [1, 1 / 2, 0, None], 'n': [2, 2, 2, 0]}
+  precision, recall, _, n = precision_recall_fscore_support(labels, [0, 0, 0, 1, 1, 3], zero_division=0)
+  np.testing.assert_allclose(np.array([[x or 0 for x in found[name]] for name in found]), [precision, recall, n])
+  logits[0, 3] = np.nan  # no prediction
+  assert (
+    metrics.class_metrics(logits, labels)['recall'][0] == metrics.class_metrics(logits, labels)['precision'][0] == 0.5
+  )
 
 
 def test_training_sums_compare_with_the_largest_label():

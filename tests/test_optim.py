@@ -86,3 +86,16 @@ def test_clipping_bounds_the_norm():
 
 def test_kernels_are_what_has_two_axes():
   assert is_kernel(PARAMS) == {'conv': {'kernel': True, 'bias': False}, 'head': {'kernel': True}}
+
+
+def test_stages_have_rates_of_their_own_and_frozen_ones_none():
+  params = {name: {'kernel': jnp.ones((2, 2))} for name in ('stem', 'middle', 'last', 'head')}
+  stages = {name: {'kernel': stage} for stage, name in enumerate(params, 1)}
+  config = default_config().optimizer
+  config.update(
+    {'weight_decay': 0.0, 'learning_rate': 1.0, 'momentum': 0.0, 'nesterov': False, 'stage_rates': (0.1, 0.5, 1)}
+  )
+  tx = make_optimizer(config, optax.constant_schedule(1.0), stages, 1)
+  updates, _ = tx.update(params, tx.init(params), params)
+  found = {name: float(update['kernel'][0, 0]) for name, update in updates.items()}
+  assert found == pytest.approx({'stem': 0.0, 'middle': -0.1, 'last': -0.5, 'head': -1.0})

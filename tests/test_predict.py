@@ -13,7 +13,7 @@ from PIL import Image
 import cnn_jax
 from cnn_jax import UsageError, calibration, command, evaluate, predict
 from cnn_jax.run import load_run_dataset
-from tests.helpers import ROOT, call_command, untrained_run, write_pictures
+from tests.helpers import ROOT, call_command, logits_of, untrained_run, write_pictures
 from tests.test_pictures import photograph
 
 
@@ -47,7 +47,7 @@ def test_files_of_test_images_give_exactly_the_accuracy_of_evaluate(digits_run, 
   assert [x['file'] for x in found] == sorted(str(path) for path in pictures.glob('*/*.png'))
   accuracy = np.mean([x['label'] == os.path.basename(os.path.dirname(x['file'])) for x in found])
   run = classifier.run
-  logits = evaluate.compute_logits(run.model, run.variables, held_out.images[:64], 1000)
+  logits = logits_of(run, held_out.images[:64])
   assert accuracy == np.mean(np.argmax(logits, axis=1) == held_out.labels[:64])
   of_file = {int(os.path.basename(x['file'])[:3]): x for x in found}
   for i, row in enumerate(calibration.softmax(logits)):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 from cnn_jax import UsageError, calibration, checkpoint, evaluate, models, record, report, run
 from cnn_jax.config import default_config
 from cnn_jax.data import Dataset, Split
-from tests.helpers import call_command
+from cnn_jax.report import subject
+from tests.helpers import call_command, logits_of
 
 HOSTILE = ('<img src=x onerror=alert(1)>', '</script>', '$x_1$ & "b" \x1b[31m', "'\udce9{{ 7 * 7 }}-->")
 SECTIONS = (
@@ -168,10 +170,7 @@ def test_names_are_shown_as_text(hostile):
 def test_calibration_before_and_after_scaling(hostile):
   path, dataset = hostile
   page, found = check_page(path), run.load_run(path.parent)
-  logits, validation_logits = (
-    evaluate.compute_logits(found.model, found.variables, split.images, 1000)
-    for split in (dataset.test, dataset.validation)
-  )
+  logits, validation_logits = (logits_of(found, split.images) for split in (dataset.test, dataset.validation))
   temperature = calibration.fit_temperature(validation_logits, dataset.validation.labels)
   before, after = (
     calibration.expected_calibration_error(calibration.softmax(logits, t), dataset.test.labels)
@@ -197,11 +196,14 @@ def test_many_classes_no_validation_flatten(tmp_path):
   assert "the input of this network's head is not an average of maps" in page.text
   assert 'environment.json is missing' in page.text
   assert '110 other classes' in page.text
+  assert 'Most frequent confusions of 120 classes' in page.text
+  assert not any(text.startswith('Confusion matrix') for text in (a['aria-label'] for a in page.all('svg')))
   descriptions = [a['aria-label'] for a in page.all('svg')]
   assert [text for text in descriptions if 'against the training step' in text] == [
     'Accuracy against the training step; last train value 1.'
   ]
-  assert set(names) <= set(page.texts)
+  listed = int(re.search(r'The table shows the (\d+) classes with the lowest F1 of 120', page.text).group(1))
+  assert 60 < listed <= 100  # of the classes that 60 images belong to or are predicted as
   # Two strided 3x3 convolutions see five pixels of nine.
   assert 'Each position depends on 5 x 5 pixels' in page.text
 
@@ -212,7 +214,7 @@ def test_two_classes_without_mistakes(tmp_path):
   splits = {}
   for name in ('test', 'validation'):
     split = getattr(dataset, name)
-    logits = evaluate.compute_logits(found.model, found.variables, split.images, 1000)
+    logits = logits_of(found, split.images)
     splits[name] = dataclasses.replace(split, labels=np.argmax(logits, axis=1).astype(np.int32))
   dataset = dataclasses.replace(dataset, **splits)
   page = check_page(report.write_report(tmp_path, dataset))
@@ -245,6 +247,39 @@ def test_another_network_needs_only_the_contract(tmp_path, monkeypatch):
   assert 'global average pooling 4 head dense layer 4 x 3' in page.text
   assert 'class activation maps' in page.text
   assert 'Temperature scaling did not lower the calibration error' in page.text
+
+
+def test_photographs(tmp_path):
+  """Evidence over pictures, whole pictures for large fields, and each network compiled twice at most."""
+  dataset = make_run(tmp_path, ('a', 'b'), (80, 72, 3), validation=3, features=(4, 4, 6), stride=4, norm='none')
+  before = evaluate.eval_step._cache_size(), subject._compute._cache_size()
+  path = report.write_report(tmp_path, dataset)
+  assert (evaluate.eval_step._cache_size(), subject._compute._cache_size()) == (before[0] + 1, before[1] + 1)
+  page = check_page(path)
+  assert 'lit where this channel responds' in page.text
+  assert len([a for a in page.all('img') if a['alt'].startswith('Evidence for')]) == 1 + 2 * (15 + min(24, wrong(page)))
+  # Logits that are given are not computed again.
+  logits = logits_of(run.load_run(tmp_path), dataset.test.images)
+  again = report.write_report(tmp_path, dataset, tmp_path / 'again.html', logits={'test': -logits})
+  assert wrong(check_page(again)) == 60 - wrong(page)
+
+
+@pytest.mark.faults
+def test_a_deep_network_and_photographs_of_224_pixels(tmp_path):
+  dataset = make_run(tmp_path, [f'{i}' for i in range(100)], (224, 224, 3), model='efficientnet', validation=0)
+  started = time.process_time()
+  page = check_page(report.write_report(tmp_path, dataset))  # noise is what compresses worst
+  assert time.process_time() - started < 60
+  headings = re.findall(r'(Stages? \d[^:]*): \w+', page.text)
+  assert headings == ['Stage 1', 'Stage 2', 'Stage 3', 'Stages 4 and 5', 'Stages 6 to 8']
+  assert 'Most frequent confusions of 100 classes' in page.text
+  assert 'stage 8 1 convolution 1x1, 1 batch norm 7 x 7 x 1280' in page.text
+
+
+def wrong(page):
+  """The number of mistakes that a page counts."""
+  correct, count = re.search(r'accuracy: (\d+) of (\d+) images', page.text).groups()
+  return int(count) - int(correct)
 
 
 def test_numbers_of_a_real_run(digits_run):

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from cnn_jax import inspect
-from cnn_jax.report import charts, performance, pictures, text, walk
+from cnn_jax.data.augment import Statistics
+from cnn_jax.report import charts, layers, performance, pictures, stages, text, walk
+from tests.helpers import LEVELS
 
 
 def test_numbers_as_text():
@@ -101,34 +103,94 @@ def test_an_overlay_is_opaque_only_at_positive_evidence():
   assert (layer[:, :16, 3] == 0).all() and (layer[:, -4:, 3] == 200).all()
 
 
+def test_evidence_colours_a_photograph_only_where_it_is_positive():
+  grey = np.full((40, 80, 3), 200, np.uint8)
+  drawn = pictures.highlight(grey, np.array([[-1.0, 1.0]], np.float32), pictures.ORANGE)
+  assert drawn.shape == grey.shape
+  assert (drawn[:, :10] == 140).all()  # darker
+  red, green, blue = drawn[:, -10:].astype(int).mean(axis=(0, 1))
+  assert red > green > blue + 40
+  assert pictures.highlight(grey[..., :1], np.ones((1, 1), np.float32), pictures.BLUE).shape == grey.shape
+
+
+def test_a_photograph_keeps_its_colours_where_a_channel_responds():
+  photograph = np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)
+  lit = pictures.spotlight(photograph, np.array([[-3.0, 5.0]], np.float32))
+  np.testing.assert_array_equal(lit[:, 50:], photograph[:, 50:])
+  assert lit[:, :10].mean() < 0.6 * photograph[:, :10].mean()
+  assert pictures.spotlight(photograph[..., :1], np.zeros((2, 2), np.float32)).shape == (60, 60, 3)
+
+
+def test_stages_of_a_deep_network_share_steps():
+  def grouped(*sides, limit=5):
+    return stages.group_stages([(side, side) for side in sides], limit)
+
+  # EfficientNet-Lite: the 8 stages have maps of 5 sizes.
+  assert grouped(112, 56, 28, 14, 14, 7, 7, 7) == [[0], [1], [2], [3, 4], [5, 6, 7]]
+  assert grouped(56, 28, 14, 7) == [[0], [1], [2], [3]]
+  assert grouped(8, 8, 8, 8, 8) == [[0], [1], [2], [3], [4]]
+  assert grouped(64, 32, 16, 8, 4, 2, limit=3) == [[0, 1], [2, 3], [4, 5]]
+  assert grouped(*[9] * 10) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+def test_deep_networks_have_a_table_of_stages():
+  deep = [layer('Conv', (3, 3, 4, 4), 100, stage) for stage in (1, 2) for _ in range(12)]
+  deep.append(layer('Dense', (4, 2), 10, 3, 'head'))
+  tables = layers.tables(deep, 'mean', 4)
+  assert [row['name'] for row in tables['stages']] == ['stage 1', 'stage 2', 'mean', 'head']
+  assert tables['stages'][0]['kind'] == '12 convolutions 3\u00d73'
+  assert [row['parameters'] for row in tables['stages']] == [1200, 1200, 0, 10]
+  assert (len(tables['rows']), tables['parameters'], tables['operations']) == (26, 2410, 250)
+  assert layers.tables(deep[-3:], 'mean', 4)['stages'] is None
+
+
+def test_precision_recall_and_confusions_by_hand():
+  labels, predicted = np.array([0, 0, 0, 1, 2]), np.array([0, 1, 1, 1, 0])
+  with charts.style():
+    found = performance.confusion(np.eye(4)[predicted], labels, 'abcd')
+  assert [row['count'] for row in found['classes']] == [3, 1, 1, 0]
+  assert [row['recall'] for row in found['classes']][:3] == pytest.approx([1 / 3, 1, 0])
+  assert [row['precision'] for row in found['classes']][:2] == pytest.approx([1 / 2, 1 / 3])
+  assert math.isnan(found['classes'][2]['precision'])  # never predicted
+  assert [row['f1'] for row in found['classes']][:3] == pytest.approx([2 / 5, 1 / 2, 0])
+  assert found['macro_f1'] == pytest.approx(0.3)  # of the classes that occur
+  assert [(pair['true'], pair['predicted'], pair['count']) for pair in found['pairs']] == [('a', 'b', 2), ('c', 'a', 1)]
+  many = performance.confusion(np.eye(1000)[[0, 1, 2]], np.array([0, 1, 1]), [f'c{i}' for i in range(1000)])
+  assert not many['svg']
+  assert [row['name'] for row in many['classes']] == ['c2', 'c1', 'c0']  # the worst first; the others do not occur
+
+
 def test_pixel_table_shows_the_part_that_varies_most():
   image = np.zeros((40, 30, 3), np.uint8)
   image[21:31, 12:22, 0] = 255 * (np.indices((10, 10)).sum(axis=0) % 2)  # a chessboard
   image[0, 0, 0] = 3
-  table = walk.pixel_table(image)
+  table = walk.pixel_table(image, LEVELS)
   assert (table['top'], table['left'], table['bottom'], table['right']) == (21, 12, 30, 21)
   assert table['rows'] == image[21:31, 12:22, 0].tolist()
   assert table['frame'] == pytest.approx([52.5, 40, 25, 100 / 3])
   assert not table['whole']
-  small = walk.pixel_table(np.full((3, 5, 1), 255, np.uint8))
+  small = walk.pixel_table(np.full((3, 5, 1), 255, np.uint8), LEVELS)
   assert small['whole'] and small['normalised'] == '1.000'
   assert small['range'] == ['\u22121', '1']
+  colours = walk.pixel_table(image, Statistics((51.0, 0.0, 0.0), (102.0, 1.0, 1.0)))  # of the first channel
+  assert colours['range'] == ['\u22120.5', '2']
+
+
+def layer(kind, kernel, parameters, stage=1, name='x'):
+  return inspect.Layer((name,), kind, stage, kernel, (7, 7, 4), parameters, 10)
 
 
 def test_layers_are_counted_by_type_and_kernel():
-  def layer(kind, kernel, parameters):
-    return inspect.Layer(('x',), kind, 1, kernel, (1,), parameters, 0)
-
-  layers = [
+  counted = [
     layer('BatchNorm', None, 8),
     layer('Conv', (3, 3, 1, 4), 36),
     layer('Conv', (1, 1, 4, 4), 16),
     layer('Conv', (3, 3, 4, 4), 144),
     layer('Squeeze', None, 1000),
   ]
-  counted = walk.describe_layers(layers).replace('\u00d7', 'x')
+  counted = layers.describe_layers(counted).replace('\u00d7', 'x')
   assert counted == '2 convolutions 3x3, 1 convolution 1x1, 1 batch norm, 1 Squeeze; 1,204 parameters'
-  assert walk.describe_layers([]) == 'No layers with parameters; 0 parameters'
+  assert layers.describe_layers([]) == 'No layers with parameters; 0 parameters'
 
 
 def test_charts_hold_no_fixed_colours_and_no_clashing_ids():

@@ -33,7 +33,7 @@ def reference(request):
   arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
   config = _config(depth=request.param, width=8)
   variables = {'params': {}, 'batch_stats': {}}
-  for name, (path, order) in resnet.foreign_names(config).items():
+  for name, (path, order) in resnet.foreign_names(config)['torchvision and timm'].items():
     node = variables
     for key in path[:-1]:
       node = node.setdefault(key, {})
@@ -73,7 +73,7 @@ def test_numbers_of_parameters_and_foreign_names(depth):
   shapes = models.init_shapes(models.create(config, 1000), (224, 224, 3))
   assert models.num_parameters(shapes['params']) == PARAMETERS[depth]
   ours = [tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-  named = [path for path, _ in resnet.foreign_names(config).values()]
+  named = [path for path, _ in resnet.foreign_names(config)['torchvision and timm'].values()]
   assert sorted(named) == sorted(ours)  # every variable once
 
 

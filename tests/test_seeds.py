@@ -94,6 +94,10 @@ def test_the_result_has_mean_std_n_and_each_value(several):
   runs = [_result(several / f'seed_0000{seed}') for seed in (5, 6, 7)]
   assert (result.pop('n'), result.pop('seeds')) == (3, [run.pop('seed') for run in runs]) == (3, [5, 6, 7])
   assert result.keys() == runs[0].keys()
+  classes, by_run = result.pop('test_per_class'), [run.pop('test_per_class') for run in runs]
+  recalls = [run['3']['recall'] for run in by_run]
+  assert classes['3']['n'] == by_run[0]['3']['n'] > 30
+  assert classes['3']['recall'] == {'mean': statistics.mean(recalls), 'std': statistics.stdev(recalls)}
   for name, value in result.items():
     values = [run[name] for run in runs]
     if isinstance(value, dict):

@@ -35,6 +35,11 @@ def test_a_small_set_has_smaller_batches_rates_in_proportion_and_a_warm_up_of_a_
   config.check_data(_config(), num_train, 2, (32, 32, 3))
 
 
+def test_the_rate_of_an_optimizer_that_scales_updates_changes_by_the_root():
+  adapted, _ = config.adapt(_config(optimizer__name='adamw'), 160)
+  assert adapted.optimizer.learning_rate == pytest.approx(0.1 * (16 / 128) ** 0.5)
+
+
 def test_nothing_else_changes_and_adapting_twice_changes_nothing():
   given = _config(augment__shift=3)
   adapted, _ = config.adapt(given, 100)
@@ -56,6 +61,28 @@ def test_a_large_set_and_a_config_that_does_not_ask_are_left_alone():
   assert config.adapt(plain, 6) == (plain, [])
   with pytest.raises(UsageError, match='there are 6 training images'):
     config.check_data(plain, 6, 2, (32, 32, 3))
+
+
+@pytest.mark.parametrize('num_train', [1, 2, 5, 10, 100, 1000, 10_000, 100_000])
+def test_photographs_have_sensible_steps(num_train):
+  given = config.load('configs/photographs.py', ['--config.data.dir=x'])
+  adapted, _ = config.adapt(given, num_train)
+  assert adapted.batch_size <= min(num_train, 64)
+  assert adapted.schedule.warmup_epochs <= config.num_epochs(adapted, num_train) / 10
+  steps = config.num_epochs(adapted, num_train) * config.steps_per_epoch(adapted, num_train)
+  assert max(200, 5 * num_train // 64 - 5) <= steps <= max(300, 5 * num_train // 64)
+
+
+@pytest.mark.parametrize('rates', [('a',), (True,), ((1,),)])
+def test_rates_of_stages_are_numbers(rates):
+  with pytest.raises(UsageError, match='give numbers'):
+    _config(optimizer__stage_rates=rates)
+
+
+def test_there_are_no_more_rates_than_stages():
+  given = _config(optimizer__stage_rates=8 * (1.0,), model__features=(4, 4))
+  with pytest.raises(UsageError, match='2 stages and a head; give at most 3'):
+    config.check_data(given, 100, 2, (32, 32, 3))
 
 
 def test_no_warm_up_stays_none():

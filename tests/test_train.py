@@ -10,17 +10,19 @@ import pytest
 from cnn_jax import UsageError, checkpoint, distribute, evaluate, metrics, progress, train
 from cnn_jax.config import default_config
 from cnn_jax.data import Dataset, Split, feed
-from cnn_jax.data.augment import normalize
 from cnn_jax.optim import average
 
 
-def test_one_step_by_hand():
-  """Without norm, momentum and augmentation a step is params - learning_rate * gradient of the mean loss."""
+@pytest.mark.parametrize('class_weights', [(), (1, 2.0, 5)])
+def test_one_step_by_hand(class_weights):
+  """Without norm, momentum and augmentation a step is params - learning_rate * gradient of the (weighted) mean loss."""
   config = default_config()
   config.batch_size = 4
+  config.loss.class_weights = class_weights
   config.model.update({'features': (2,), 'norm': 'none'})
   config.optimizer.update({'learning_rate': 0.5, 'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0})
   config.schedule.update({'name': 'constant', 'warmup_epochs': 0.0})
+  config.data.mean, config.data.std = (90.0,), (40.0,)
   images = np.random.default_rng(0).integers(0, 256, (6, 5, 5, 1), np.uint8)
   labels = np.array([0, 1, 2, 0, 1, 2], np.int32)
   made = train.setup(config, 6, 3, (5, 5, 1))
@@ -28,8 +30,10 @@ def test_one_step_by_hand():
   order = feed.epoch_indices(6, 4, 0, 0)[0]
 
   def mean_loss(params):
-    logits, _ = made.model.apply({'params': params}, normalize(images[order]))
-    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), labels[order]])
+    logits, _ = made.model.apply({'params': params}, (images[order] - np.float32(90)) / np.float32(40))
+    losses = -jax.nn.log_softmax(logits)[jnp.arange(4), labels[order]]
+    weights = np.array(class_weights or (1, 1, 1), np.float32)[labels[order]]
+    return jnp.sum(weights * losses) / jnp.sum(weights)
 
   loss, gradient = jax.value_and_grad(mean_loss)(made.state.params)
   expected = jax.tree.map(lambda p, g: p - 0.5 * g, made.state.params, gradient)

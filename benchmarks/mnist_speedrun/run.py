@@ -107,7 +107,7 @@ def run_ours(config: Any, dataset: Dataset, split: Split, seed: int) -> dict[str
     state = take(state, epoch, steps)
   jax.block_until_ready(state)
   seconds = time.perf_counter() - started
-  found = evaluate.evaluate_split(made.model, train.eval_variables(state), split, config.evaluation.batch_size)
+  found = evaluate.evaluate_split(made.model, train.eval_variables(state), split, config)
   return {'accuracy': found['accuracy'], 'seconds': seconds}
 
 

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from benchmarks import peers
 from cnn_jax import command, distribute, evaluate, inspect, train
-from cnn_jax.config import default_config, vary
+from cnn_jax.config import default_config, statistics, vary
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 MAX_STEPS = 25  # of one request; `ours` takes them in one compiled call, as training does
@@ -71,7 +71,7 @@ def ours(shape: tuple[int, ...], features: tuple[int, ...], batch: int) -> tuple
   state = distribute.replicate(made.state)
   variables = jax.tree.map(jnp.array, train.eval_variables(state))  # copies, because training donates its state
   order = np.random.default_rng(0).integers(0, len(images), (MAX_STEPS, jax.device_count(), batch), np.int32)
-  one_batch = jnp.asarray(images[:batch])
+  one_batch, levels = jnp.asarray(images[:batch]), statistics(config.data)
 
   def train_run(count: int) -> None:
     nonlocal state
@@ -79,7 +79,7 @@ def ours(shape: tuple[int, ...], features: tuple[int, ...], batch: int) -> tuple
     jax.block_until_ready((state, measured))
 
   def inference_run(count: int) -> None:
-    jax.block_until_ready([evaluate.eval_step(made.model, variables, one_batch) for _ in range(count)])
+    jax.block_until_ready([evaluate.eval_step(made.model, variables, one_batch, levels) for _ in range(count)])
 
   return {'train': train_run, 'inference': inference_run}, operations(made.model, shape)
 

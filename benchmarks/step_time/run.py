@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, peers, results
+from benchmarks.step_time import photographs
 from cnn_jax import UsageError, command
 from cnn_jax.tables import markdown
 
@@ -146,6 +147,8 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
   made = {'measurements': f'{text}\n\n{markdown(header, rows)}'}
   if 'repeats' in found:
     made['repeats'] = _repeats(found['repeats'])
+  if 'photographs' in found:
+    made['photographs'] = photographs.table(found['photographs'])
   return made
 
 

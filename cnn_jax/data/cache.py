@@ -6,29 +6,80 @@ read. A copy that is stale or damaged in any way counts as missing, and the next
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import numpy as np
 
-from cnn_jax import UsageError, files
+from cnn_jax import UsageError, distribute, files
 from cnn_jax.progress import Line
 
 MAX_BYTES = 20 * 2**30  # of all copies; less on a disk of under ten times as much
 SILENT_SECONDS = 30.0  # after which a process that decodes but shows no sign of life is not waited for
+RESIDENT_BYTES = 2**29  # larger arrays of a copy stay in its file, whose pages the system keeps in memory if it can
 _VERSION = 2
 _PIECE = 2**20  # bytes of an array that are read or written at a time, which fit into the processor's cache
 _MAX_HEADER_BYTES = 2**28
 _DAY = 86_400.0
 
 Arrays = Mapping[str, np.ndarray]
+
+
+class Rows:
+  """An array of a copy whose rows are read from the file when they are indexed; see `RandomAccessImages`.
+
+  Args:
+    descriptor: of the file, which is duplicated, so that the copy may be replaced in the meantime.
+    start: where the array begins in the file.
+    places: of the rows in the file.
+    shape: of all rows.
+    dtype: of the array.
+  """
+
+  def __init__(self, descriptor: int, start: int, places: np.ndarray, shape: tuple[int, ...], dtype: np.dtype):
+    self._descriptor = os.dup(descriptor)
+    weakref.finalize(self, os.close, self._descriptor)
+    self._start, self._places = start, places
+    self.shape, self.dtype = (len(places), *shape[1:]), dtype
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    places = self._places[index]
+    return self._read(places.reshape(-1)).reshape(*np.shape(places), *self.shape[1:])
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return self._read(self._places).astype(dtype or self.dtype, copy=False)
+
+  def part(self, indices: np.ndarray) -> 'Rows':
+    """Returns the rows at some indices, still in the file."""
+    return Rows(self._descriptor, self._start, self._places[indices], self.shape, self.dtype)
+
+  def _read(self, places: np.ndarray) -> np.ndarray:
+    found = distribute.empty((len(places), *self.shape[1:]), self.dtype)
+    if not found.nbytes:
+      return found
+    row = found[:1].nbytes
+    ends = [*(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    for first, end in itertools.pairwise([0, *ends]):
+      rest = memoryview(found[first:end]).cast('B')
+      position = self._start + int(places[first]) * row
+      while rest:
+        count = os.preadv(self._descriptor, [rest], position)
+        if not count:
+          raise UsageError('the decoded copy of the images has been cut off; start the command again.')
+        rest, position = rest[count:], position + count
+    return found
 
 
 class Copy:
@@ -48,8 +99,8 @@ class Copy:
     with contextlib.suppress(UsageError):  # without a home directory nothing is kept
       self._file = files.cache_dir() / f'decoded-v{_VERSION}-{self._place}-{_hash(json.dumps(settings))}'
 
-  def read(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Returns the facts and arrays of the copy; None if it is missing, stale or damaged."""
+  def read(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Returns the facts and arrays of the copy, large ones as `Rows`; None if it is missing, stale or damaged."""
     if self._file is None:
       return None
     try:
@@ -189,7 +240,7 @@ def _write(stream: IO[bytes], fingerprint: str, facts: Mapping[str, Any], arrays
 
 def _read(
   stream: IO[bytes], size: int, fingerprint: str, order: np.ndarray
-) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
   line = stream.readline(_MAX_HEADER_BYTES)
   header = json.loads(line)
   described = {name: (np.dtype(kind), tuple(shape)) for name, (kind, shape) in header['arrays'].items()}
@@ -200,17 +251,21 @@ def _read(
     return None
   ordered = bool((order == np.arange(len(order))).all())
   checksum = zlib.crc32(line)
-  arrays = {}
-  for name, (kind, shape) in described.items():
-    arrays[name] = array = np.empty(shape, kind)
-    buffer = np.empty(0 if ordered else (len(next(_pieces(order, array[:1].nbytes))), *shape[1:]), kind)
-    for places in _pieces(order, array[:1].nbytes):
-      rows = array[places[0] : places[-1] + 1] if ordered else buffer[: len(places)]
+  arrays: dict[str, Any] = {}
+  for (name, (kind, shape)), array_bytes in zip(described.items(), sizes, strict=True):
+    in_file = array_bytes > RESIDENT_BYTES
+    start, row_bytes = stream.tell(), kind.itemsize * math.prod(shape[1:])
+    array = np.empty((0, *shape[1:]) if in_file else shape, kind)
+    in_place = ordered and not in_file
+    buffer = np.empty(0 if in_place else (len(next(_pieces(order, row_bytes))), *shape[1:]), kind)
+    for places in _pieces(order, row_bytes):
+      rows = array[places[0] : places[-1] + 1] if in_place else buffer[: len(places)]
       if rows.nbytes and stream.readinto(memoryview(rows).cast('B')) != rows.nbytes:  # type: ignore[attr-defined]
         return None
       checksum = zlib.crc32(rows, checksum)
-      if not ordered:
+      if not (in_place or in_file):
         array[places] = rows
+    arrays[name] = Rows(stream.fileno(), start, np.argsort(order), shape, kind) if in_file else array
   return (header['facts'], arrays) if stream.read(4) == checksum.to_bytes(4, 'little') else None
 
 

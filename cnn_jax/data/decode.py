@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from cnn_jax import UsageError
+from cnn_jax import UsageError, command
 from cnn_jax.data import cache, images, twins
 from cnn_jax.data.decoded import Decoded
 from cnn_jax.data.lazy import LazyImages, read_ahead, refuse
@@ -184,6 +184,9 @@ def _decode_once(work: _Work, copy: cache.Copy, order: np.ndarray, labels: np.nd
       decoded = _decode_now(work, labels, compare, lock.touch)
       if time.monotonic() - start > MIN_CACHED_SECONDS:
         _keep(copy, order, decoded, labels is None)
+        if getattr(decoded.images, 'nbytes', 0) > cache.RESIDENT_BYTES:  # they are read from the copy, as in later runs
+          decoded = _restore(copy, order, labels) or decoded
+          command.return_freed_memory()
   return decoded
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cnn_jax import UsageError
 from cnn_jax.data import Split, images
+from cnn_jax.data.cache import Rows
 from cnn_jax.data.lazy import LazyImages, shorten
 
 MIN_CUT = 0.1  # the share of the pictures that cropping must remove to be worth a note
@@ -20,7 +21,8 @@ class Decoded:
   """A decoded set.
 
   Attributes:
-    images: uint8 (N, H, W, C), or `LazyImages` of that shape if they exceed `MAX_DECODED_BYTES`.
+    images: uint8 (N, H, W, C); `cache.Rows` of that shape if they exceed `cache.RESIDENT_BYTES`, and `LazyImages` if
+      they exceed `decode.MAX_DECODED_BYTES`.
     labels: int32 (N,).
     bad: why images could not be read, by index; `select` leaves these out.
     remarks: oddities that did not prevent reading, by index.
@@ -30,7 +32,7 @@ class Decoded:
     twins: from `twins.find`, pictures that occur twice; None if they were not looked for.
   """
 
-  images: 'np.ndarray | LazyImages'
+  images: 'np.ndarray | LazyImages | Rows'
   labels: np.ndarray
   bad: Mapping[int, str] = dataclasses.field(default_factory=dict)
   remarks: Mapping[int, str] = dataclasses.field(default_factory=dict)
@@ -60,7 +62,7 @@ class Decoded:
       names = names and tuple(itertools.compress(names, good))
       indices, sizes = indices[good], None if sizes is None else sizes[good]
     labels = self.labels[indices]
-    if isinstance(self.images, LazyImages):
+    if isinstance(self.images, LazyImages | Rows):
       return Split(self.images.part(indices), labels, names, sizes)
     if len(indices) and len(indices) == indices[-1] - indices[0] + 1:
       return Split(self.images[indices[0] : indices[-1] + 1], labels, names, sizes)

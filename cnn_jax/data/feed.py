@@ -4,7 +4,6 @@ The order is a pure function of (seed, epoch), so resuming needs the step alone.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +22,31 @@ class Resident:
     batch_size: examples per step, over all devices of all processes; they must divide it.
     seed: of the order.
     capacity: the most steps that are asked for at a time.
+    sampling: of an epoch: uniform, see `epoch_indices`, or balanced, see `balanced_indices`.
+    maps: (views, n, ...), of several views of each image, from `frozen.compute_maps`; they take the place of the images,
+      and the epochs take turns with the views. None: the images are used.
 
   Attributes:
-    images: uint8 (n, height, width, channels) and
-    labels: int32 (n,), both on all local devices.
+    images: uint8 (n, height, width, channels), or maps (views * n, ...), and
+    labels: int32, as many, both on all local devices.
   """
 
-  def __init__(self, split: Split, batch_size: int, seed: int, capacity: int):
-    self.images, self.labels = distribute.replicate((np.asarray(split.images), split.labels))
-    self._capacity = capacity
-    self._order = functools.lru_cache(1)(functools.partial(epoch_indices, len(split), batch_size, seed))
+  def __init__(
+    self,
+    split: Split,
+    batch_size: int,
+    seed: int,
+    capacity: int,
+    sampling: str = 'uniform',
+    maps: np.ndarray | None = None,
+  ):
+    self._views, self._size, self._capacity = 1 if maps is None else len(maps), len(split), capacity
+    images = np.asarray(split.images) if maps is None else maps.reshape(-1, *maps.shape[2:])
+    self.images, self.labels = distribute.replicate((images, np.tile(split.labels, self._views)))
+    order = functools.partial(epoch_indices, len(split), batch_size, seed)
+    if sampling == 'balanced':
+      order = functools.partial(balanced_indices, split.labels, batch_size, seed)
+    self._order = functools.lru_cache(1)(order)
 
   def indices(self, epoch: int, offset: int, count: int) -> np.ndarray:
     """Which examples each local device takes at some steps.
@@ -45,7 +59,7 @@ class Resident:
     Returns:
       int32 (capacity, local devices, batch / devices) of `images`; rows from `count` on are padding.
     """
-    order = self._order(epoch)[offset : offset + count]
+    order = self._order(epoch)[offset : offset + count] + np.int32(epoch % self._views * self._size)
     padded = np.pad(order, ((0, self._capacity - len(order)), (0, 0)))
     by_device = padded.reshape(self._capacity, jax.device_count(), -1)
     first = jax.process_index() * jax.local_device_count()
@@ -82,7 +96,41 @@ def epoch_indices(num_examples: int, batch_size: int, seed: int, epoch: int) -> 
     epoch; no example appears twice.
   """
   steps = num_examples // batch_size
-  # PCG64 by name: `default_rng` may choose another generator in a later NumPy.
-  rng: Any = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch))))
-  order = rng.permutation(num_examples).astype(np.int32)
+  order = _generator(seed, epoch).permutation(num_examples).astype(np.int32)
   return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def balanced_indices(labels: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+  """The order of one epoch in which every class occurs equally often; it has as many steps as `epoch_indices`.
+
+  The draws of all epochs are dealt out to the classes in turn, so that their numbers differ by at most one, within an
+  epoch and in total. Each class passes through fresh permutations of its examples, one after another and across epochs,
+  so that its examples are drawn equally often too: after each epoch, their numbers differ by at most one. The draws of an
+  epoch are shuffled.
+
+  Args:
+    labels: int (num_examples,). A class without examples takes no turns.
+    batch_size: examples per step, over all devices.
+    seed: non-negative.
+    epoch: counted from 0.
+
+  Returns:
+    int32 (num_examples // batch_size, batch_size).
+  """
+  steps = len(labels) // batch_size
+  classes, counts = np.unique(labels, return_counts=True)
+  members = np.split(np.argsort(labels, kind='stable').astype(np.int32), np.cumsum(counts)[:-1])
+  drawn = []
+  for turn, (label, examples) in enumerate(zip(classes.tolist(), members, strict=True)):
+    # Draw i of all epochs belongs to the class whose turn is i modulo the number of classes.
+    first, end = (-((turn - passed * steps * batch_size) // len(classes)) for passed in (epoch, epoch + 1))
+    begun, ended = first // len(examples), -(-end // len(examples))
+    passes = [_generator(seed, cycle, label).permutation(examples) for cycle in range(begun, ended)]
+    start = begun * len(examples)
+    drawn.append(np.concatenate([examples[:0], *passes])[first - start : end - start])
+  return _generator(seed, epoch).permutation(np.concatenate(drawn)).reshape(steps, batch_size)
+
+
+def _generator(seed: int, number: int, *stream: int) -> np.random.Generator:
+  # PCG64 by name: `default_rng` may choose another generator in a later NumPy.
+  return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, number), spawn_key=stream)))

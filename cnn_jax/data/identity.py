@@ -15,9 +15,11 @@ import numpy as np
 
 from cnn_jax import UsageError, files
 from cnn_jax.data import Dataset, Split
+from cnn_jax.data.lazy import LazyImages
 
 LISTING = 'data.csv'  # in the workdir: the files of the data set
 _SPLITS = ('train', 'validation', 'test')
+_PIECE = 256  # images that are read at a time
 _SHOWN = 3  # differences, and files of each, in a message
 _MAX_LISTING_BYTES = 2**30
 _COLUMNS = ('path', 'label', 'split', 'bytes')
@@ -36,7 +38,7 @@ def identify(dataset: Dataset) -> dict[str, Any]:
     JSON values: `class_names`; `image_shape`, [height, width, channels]; `splits`, for each split a list of
     [count, digest] per class; `sha256` over these. Beside them `pixels`, for each split a digest per class of about
     64 pixels of each image, and the `decoder`: decoders may differ in the last bit, so that pixels are only compared if
-    it is the same. `pixels` is empty if the images do not fit into memory.
+    it is the same. `pixels` is empty if the images are decoded when they are needed.
   """
   identity: dict[str, Any] = {
     'class_names': list(dataset.class_names),
@@ -45,7 +47,7 @@ def identify(dataset: Dataset) -> dict[str, Any]:
   }
   sha256 = hashlib.sha256(repr(sorted(identity.items())).encode(errors='replace')).hexdigest()
   parts = {name: getattr(dataset, name) for name in _SPLITS}
-  resident = all(isinstance(part.images, np.ndarray) for part in parts.values())
+  resident = not any(isinstance(part.images, LazyImages) for part in parts.values())
   pixels = {name: _pixels(part, len(dataset.class_names)) for name, part in parts.items()} if resident else {}
   return identity | {'sha256': sha256, 'pixels': pixels, 'decoder': _decoder()}
 
@@ -165,7 +167,8 @@ def _classes(split: Split, num_classes: int) -> list[list[Any]]:
 def _pixels(split: Split, num_classes: int) -> list[str]:
   """A digest per class of a grid of about 8 x 8 pixels of each image."""
   height, width = split.images.shape[1:3]
-  grid = np.ascontiguousarray(split.images[:, :: max(1, height // 8), :: max(1, width // 8)])
+  pieces = (split.images[start : start + _PIECE] for start in range(0, max(1, len(split)), _PIECE))
+  grid = np.concatenate([piece[:, :: max(1, height // 8), :: max(1, width // 8)] for piece in pieces])
   order = range(len(split)) if split.names is None else sorted(range(len(split)), key=split.names.__getitem__)
   by_class = np.asarray(order, np.int64)[np.argsort(split.labels[order], kind='stable')] if len(split) else order
   ends = np.cumsum(np.bincount(split.labels, minlength=num_classes))

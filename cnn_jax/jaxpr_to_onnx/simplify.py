@@ -19,7 +19,7 @@ class Node:
 
 
 def simplify(
-  nodes: Sequence[Node], constants: Mapping[str, np.ndarray], output: str, new_name: str
+  nodes: Sequence[Node], constants: dict[str, np.ndarray], output: str, new_name: str
 ) -> tuple[list[Node], dict[str, np.ndarray]]:
   """Folds scales and shifts into convolutions, drops what the output does not need, and renames the output.
 
@@ -51,8 +51,8 @@ def _needed(nodes: Sequence[Node], output: str) -> list[Node]:
   return [node for node in nodes if needed.intersection(node.outputs)]
 
 
-def _transpose_early(nodes: Sequence[Node], constants: Mapping[str, np.ndarray], output: str) -> list[Node]:
-  """Moves transposes and reshapes before operations with one number.
+def _transpose_early(nodes: Sequence[Node], constants: dict[str, np.ndarray], output: str) -> list[Node]:
+  """Moves transposes and reshapes before operations with one number, and transposes before those with one per channel.
 
   ONNX Runtime is slow at those if the last axis is short, and the channels of images are at first the last axis.
   """
@@ -63,12 +63,16 @@ def _transpose_early(nodes: Sequence[Node], constants: Mapping[str, np.ndarray],
     i: int | None = position if mover.operator in ('Transpose', 'Reshape') else None
     while i is not None:
       late, place = nodes[i], producers.get(nodes[i].inputs[0])
-      if place is None or not _is_scalar_operation(nodes[place], constants) or uses[late.inputs[0]] != 1:
+      if place is None or uses[late.inputs[0]] != 1:
         break
       early = nodes[place]
+      moved = _moved_constant(early, late, constants)
+      if moved is None:
+        break
       data = next(name for name in early.inputs if name not in constants)
       # The two change places, and the name of what they compute together stays.
-      early.inputs = [early.outputs[0] if name == data else name for name in early.inputs]
+      constants[f'{early.outputs[0]}/moved'] = moved
+      early.inputs = [early.outputs[0] if name == data else f'{early.outputs[0]}/moved' for name in early.inputs]
       late.inputs[0] = data
       early.outputs, late.outputs = late.outputs, early.outputs
       nodes[place], nodes[i] = late, early
@@ -77,9 +81,15 @@ def _transpose_early(nodes: Sequence[Node], constants: Mapping[str, np.ndarray],
   return nodes
 
 
-def _is_scalar_operation(node: Node, constants: Mapping[str, np.ndarray]) -> bool:
+def _moved_constant(node: Node, mover: Node, constants: Mapping[str, np.ndarray]) -> np.ndarray | None:
+  """The constant of an operation with one number, or with one per channel, after a transpose or reshape; else None."""
   fixed = [constants[name] for name in node.inputs if name in constants]
-  return node.operator in ('Add', 'Sub', 'Mul', 'Div') and len(fixed) == 1 and fixed[0].ndim == 0
+  if node.operator not in ('Add', 'Sub', 'Mul', 'Div') or len(fixed) != 1 or len(node.inputs) != 2:
+    return None
+  permutation = mover.attributes.get('perm', ())
+  if fixed[0].ndim and fixed[0].ndim == len(permutation):
+    return fixed[0].transpose(permutation)
+  return None if fixed[0].ndim else fixed[0]
 
 
 def _count_uses(nodes: Sequence[Node], output: str) -> collections.Counter[str]:
@@ -91,7 +101,8 @@ def _merge(nodes: Sequence[Node], constants: dict[str, np.ndarray], output: str)
 
   A scale or a shift per channel, such as a batch norm, becomes part of a convolution. Pooling and slices may stand
   between the two: an average commutes with both, a maximum with shifts and with scales that are not negative. A
-  multiplication by a number and the division by it that follows, as in a mean over windows, cancel.
+  multiplication by a number and the division by it that follows, as in a mean over windows, cancel. ReLU6 becomes one
+  node, which runtimes fuse with a convolution.
   """
   producers = {name: node for node in nodes for name in node.outputs}
   uses = _count_uses(nodes, output)
@@ -107,6 +118,9 @@ def _merge(nodes: Sequence[Node], constants: dict[str, np.ndarray], output: str)
       kept.remove(before)
       renamed[node.outputs[0]] = before.inputs[0]
       uses[before.inputs[0]] += uses[node.outputs[0]] - 1
+    elif _clips(before, node, constants):
+      renamed[node.outputs[0]] = data
+      uses[data] = uses[node.outputs[0]]
     else:
       conv, under_maximum = before, False
       while _keeps_channels(conv, constants) and uses[conv.inputs[0]] == 1 and conv.inputs[0] in producers:
@@ -133,6 +147,17 @@ def _cancels(before: Node, node: Node, constants: Mapping[str, np.ndarray]) -> b
     return False
   factor, divisor = (constants[name] for name in pair)
   return factor.ndim == divisor.ndim == 0 and factor == divisor
+
+
+def _clips(before: Node, node: Node, constants: dict[str, np.ndarray]) -> bool:
+  """Makes a minimum with a number part of the ReLU before it if that is possible, and returns whether it was."""
+  highest = next((constants[name] for name in node.inputs if name in constants), None)
+  if (before.operator, node.operator) != ('Relu', 'Min') or highest is None or highest.size != 1 or highest.ndim > 1:
+    return False
+  name = before.outputs[0]
+  before.operator, before.inputs = 'Clip', [before.inputs[0], f'{name}/low', f'{name}/high']
+  constants[f'{name}/low'], constants[f'{name}/high'] = np.zeros((), highest.dtype), highest.reshape(())
+  return True
 
 
 def _fold(conv: Node, node: Node, under_maximum: bool, constants: dict[str, np.ndarray]) -> bool:

@@ -6,6 +6,13 @@
     RULES: dict[str, tuple | str]               which values they may have; see `cnn_jax.config.check`
     create(config, num_classes) -> nn.Module    the network that the section `config.model` describes
 
+and, if other libraries have weights for it,
+
+    foreign_names(config) -> {library: {its name: (path, order)}}   the variable at `path` in `{'params', 'batch_stats'}` is
+                                                 `tensor.transpose(order)`, without trailing axes of length one
+    ARCHITECTURES: dict[str, dict]              the names of its variants in timm, and their fields of `config.model`
+    LEVELS: tuple[tuple, tuple]                 the mean and the standard deviation with which they normalise, in levels
+
 The module maps float images (batch, height, width, channels), normalised, to `(logits, maps)`:
 
     logits, maps = module.apply(variables, images, train=False, positions=None)
@@ -19,10 +26,15 @@ The module maps float images (batch, height, width, channels), normalised, to `(
 - The last layer is called `head`: a dense layer or a 1x1 convolution with a `kernel` and a `bias`.
 - The fields `num_classes` and `dtype` (of the arithmetic; parameters stay float32) are there under these names. The
   field `frozen_stages` says how many stages, from the first on, run with `train=False` and without gradients.
+- A field `pooled_stages` says of how many of the last stages `pooled` holds the averages; without it, of the last alone.
+- The field `skipped_stages` of the module, 0 in `create`, says how many stages, from the first on, are left out: `images`
+  are then the maps of the last of them, or `pooled` if all are left out. The variables are those of the whole network.
+- Batch norm uses the running statistics in training too if `fixed_statistics` is True.
 - Convolutions and norms are those of `flax.linen`, at most with another function inside, so that the layer table and
   the receptive field find them by type.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Sequence
@@ -71,21 +83,58 @@ def create(config: Any, num_classes: int) -> nn.Module:
   return _module(config.name).create(config, num_classes)
 
 
-def init(model: nn.Module, key: jax.Array, image_shape: Sequence[int]) -> dict[str, Any]:
+def foreign_names(config: Any) -> dict[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+  """The names that other libraries give to the variables of a network; see above.
+
+  Args:
+    config: the section `config.model`.
+
+  Returns:
+    {library: {its name: (path in `{'params', 'batch_stats'}`, order of its axes here)}}, empty if there are none. Each
+    covers every variable once. PyTorch's `num_batches_tracked` has no counterpart.
+  """
+  module = _module(config.name)
+  return module.foreign_names(config) if hasattr(module, 'foreign_names') else {}
+
+
+def foreign_levels(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """The mean and the standard deviation, in levels, with which the weights of other libraries expect images.
+
+  Args:
+    name: of a network; one that other libraries do not have counts as normalised to -1 to 1.
+  """
+  return getattr(_module(name), 'LEVELS', ((127.5,), (127.5,)))
+
+
+def architectures() -> dict[str, tuple[str, dict[str, Any]]]:
+  """timm's names of the networks: {its name: (ours, the fields of `config.model`)}."""
+  return {
+    theirs: (name, fields) for name in names() for theirs, fields in getattr(_module(name), 'ARCHITECTURES', {}).items()
+  }
+
+
+def init(model: nn.Module, key: jax.Array, image_shape: Sequence[int], *, head_only: bool = False) -> dict[str, Any]:
   """Initialises a network: `{'params', 'batch_stats'}`, the latter empty if it has no running statistics.
 
   Args:
     model: from `create`.
     key: of the random numbers.
     image_shape: (height, width, channels).
+    head_only: whether all but the head is zero, because trained weights take its place. The random numbers of a deep
+      network take seconds to compile.
   """
+  if head_only:
+    features = map_shapes(model, image_shape)
+    head = model.clone(skipped_stages=len(stage_names(features))).init(key, jnp.zeros(features['pooled'].shape))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), init_shapes(model, image_shape))
+    return zeros | {'params': zeros['params'] | {'head': head['params']['head']}}
   variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
   return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
 
 
 def init_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:
   """What `init` returns, as shapes and dtypes; computes nothing."""
-  return jax.eval_shape(lambda: init(model, jax.random.key(0), image_shape))
+  return jax.tree.map(lambda shape: shape, _init_shapes(model, tuple(image_shape)))
 
 
 def infer(model: nn.Module, variables: Any, images: jax.Array) -> Any:
@@ -111,8 +160,7 @@ def map_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, jax.Sh
 
   `jit` and `eval_shape` return dicts in the order of their sorted keys; here the stages come in theirs.
   """
-  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  maps = jax.eval_shape(lambda v, x: model.apply(v, x)[1], init_shapes(model, image_shape), images)
+  maps = _map_shapes(model, tuple(image_shape))
   return {name: maps[name] for name in [*stage_names(maps), 'pooled', 'logits']}
 
 
@@ -129,24 +177,25 @@ def num_parameters(params: Any) -> int:
 def parameters_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
   """Which stage each parameter belongs to: the first one whose maps depend on it.
 
-  The dependence is read off the program that computes the maps, so no layer is known by name.
+  The dependence is read off the program that computes the maps, so that no layer is known by name.
 
   Args:
     model: from `create`.
     image_shape: (height, width, channels).
 
   Returns:
-    A tree like `params` of numbers from 1 on; the parameters that no stage depends on, the head's, have one more than
-    there are stages.
+    A tree like `params` of numbers from 1 on. The parameters between the last stage's maps and `pooled` belong to that
+    stage; the head's have one more than there are stages.
   """
   variables = init_shapes(model, image_shape)
   images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-  def stages(params, batch_stats, images):
+  def ends(params, batch_stats, images):
+    """The last maps of each stage; those of the last stage include `pooled`."""
     maps = model.apply({'params': params, 'batch_stats': batch_stats}, images, train=False)[1]
-    return [maps[name] for name in stage_names(maps)]
+    return [maps[name] for name in [*stage_names(maps)[:-1], 'pooled']]
 
-  program = jax.make_jaxpr(stages)(variables['params'], variables['batch_stats'], images).jaxpr
+  program = jax.make_jaxpr(ends)(variables['params'], variables['batch_stats'], images).jaxpr
   params = program.invars[: len(jax.tree.leaves(variables['params']))]
   belongs = [len(program.outvars) + 1] * len(params)
   for stage in range(len(program.outvars), 0, -1):
@@ -155,13 +204,16 @@ def parameters_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
   return jax.tree.unflatten(jax.tree.structure(variables['params']), belongs)
 
 
-def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> None:
+def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> int:
   """Checks a network against the images that it is to classify; computes nothing.
 
   Args:
     config: the section `config.model`, checked.
     num_classes: outputs of the head.
     image_shape: (height, width, channels).
+
+  Returns:
+    The number of stages.
 
   Raises:
     UsageError: the images are so small that a stage has no pixels, or fewer stages than are to be frozen.
@@ -188,6 +240,19 @@ def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> N
       f'config.model.frozen_stages is {config.frozen_stages} but the network has {len(stages)} stages; '
       'freeze at most that many.'
     )
+  return len(stages)
+
+
+# Tracing a deep network takes a second, and several parts ask for the same shapes.
+@functools.lru_cache(8)
+def _init_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+  return jax.eval_shape(lambda: init(model, jax.random.key(0), image_shape))
+
+
+@functools.lru_cache(8)
+def _map_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  return jax.eval_shape(lambda v, x: model.apply(v, x)[1], _init_shapes(model, image_shape), images)
 
 
 def _module(name: str) -> Any:

@@ -28,6 +28,7 @@ def default_config() -> ConfigDict:
   config.residual = False  # add each block's input to its output
   config.aggregate = 'gap'  # gap (global average pooling) | flatten
   config.head = 'dense'  # dense | conv1x1
+  config.fixed_statistics = False  # normalise by the running statistics in training too, and keep them
   config.frozen_stages = 0  # the first stages, here blocks, that are not trained; for fine-tuning
   config.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
   return config
@@ -65,6 +66,7 @@ def create(config: Any, num_classes: int) -> 'CNN':
     residual=config.residual,
     aggregate=config.aggregate,
     head=config.head,
+    fixed_statistics=config.fixed_statistics,
     frozen_stages=config.frozen_stages,
     dtype=jnp.dtype(config.dtype),
   )
@@ -91,7 +93,9 @@ class CNN(nn.Module):
   residual: bool = False
   aggregate: str = 'gap'
   head: str = 'dense'
+  fixed_statistics: bool = False
   frozen_stages: int = 0
+  skipped_stages: int = 0
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -102,6 +106,8 @@ class CNN(nn.Module):
     maps = {}
     x = images.astype(self.dtype)
     for i, features in enumerate(self.features):
+      if i < self.skipped_stages:
+        continue
       last, frozen = i == len(self.features) - 1, i < self.frozen_stages
       x = ConvBlock(
         features=features,
@@ -114,21 +120,21 @@ class CNN(nn.Module):
         activation=self.activation,
         residual=self.residual,
         dtype=self.dtype,
-        train=train and not frozen,
+        train=train and not frozen and not self.fixed_statistics,
         name=f'block{i + 1}',
       )(x)
       if frozen:
         x = jax.lax.stop_gradient(x)  # so no gradient is computed below
       maps[f'stage{i + 1}'] = x
-    if self.aggregate == 'gap':
+    if x.ndim == 2:
+      pass  # all stages are skipped
+    elif self.aggregate == 'gap':
       # Hundreds of bfloat16 numbers are summed in float32.
       x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
     else:
       x = x.reshape(x.shape[0], -1)
     maps['pooled'] = x
     if train and self.dropout:
-      if positions is None:
-        raise ValueError('dropout needs the positions of the images in the global batch')
       x = layers.drop(self.make_rng('dropout'), x, self.dropout, positions)
     x = x.astype(self.dtype)
     if self.head == 'dense':

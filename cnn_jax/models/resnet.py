@@ -14,6 +14,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from cnn_jax import ops
+from cnn_jax.models import layers
 
 
 def default_config() -> ConfigDict:
@@ -23,6 +24,7 @@ def default_config() -> ConfigDict:
   config.stem = '7x7'  # 7x7 (stride 2, then max pooling: 224 pixels a side) | 3x3 (full resolution: 32 pixels a side)
   config.width = 64  # channels of the stem and of the first stage's 3x3 convolutions; each stage doubles them
   config.norm_momentum = 0.9  # of the running statistics of batch norm
+  config.fixed_statistics = False  # normalise by the running statistics in training too, and keep them
   config.frozen_stages = 0  # the first stages that are not trained, of 4; the stem belongs to the first
   config.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
   return config
@@ -36,6 +38,9 @@ RULES = {
   'dtype': ('float32', 'bfloat16'),
 }
 
+ARCHITECTURES = {f'resnet{depth}': {'depth': depth} for depth in (18, 34, 50, 101)}
+LEVELS = layers.IMAGENET_LEVELS
+
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # of each stage
 _BOTTLENECK_DEPTH = 50  # from this depth on, blocks are bottlenecks
 
@@ -48,47 +53,28 @@ def create(config: Any, num_classes: int) -> 'ResNet':
     stem=config.stem,
     width=config.width,
     norm_momentum=config.norm_momentum,
+    fixed_statistics=config.fixed_statistics,
     frozen_stages=config.frozen_stages,
     dtype=jnp.dtype(config.dtype),
   )
 
 
-def foreign_names(config: Any) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """The names that torchvision gives to the variables of the same network.
-
-  Args:
-    config: the section `config.model`.
-
-  Returns:
-    {torchvision's name: (path in `{'params', 'batch_stats'}`, order of its axes here)}: the variable is
-    `tensor.transpose(order)`. It covers every variable once. Torchvision's `num_batches_tracked` has no counterpart.
-  """
-  names: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-
-  def add_conv(theirs: str, *ours: str) -> None:
-    names[f'{theirs}.weight'] = (('params', *ours, 'kernel'), (2, 3, 1, 0))
-
-  def add_norm(theirs: str, *ours: str) -> None:
-    names[f'{theirs}.weight'] = (('params', *ours, 'scale'), (0,))
-    names[f'{theirs}.bias'] = (('params', *ours, 'bias'), (0,))
-    names[f'{theirs}.running_mean'] = (('batch_stats', *ours, 'mean'), (0,))
-    names[f'{theirs}.running_var'] = (('batch_stats', *ours, 'var'), (0,))
-
+def foreign_names(config: Any) -> dict[str, layers.ForeignNames]:
+  """The names in torchvision, which are those in timm; see `cnn_jax.models`."""
+  names: layers.ForeignNames = {}
   bottleneck = config.depth >= _BOTTLENECK_DEPTH
-  add_conv('conv1', 'stem_conv')
-  add_norm('bn1', 'stem_norm')
+  names |= layers.conv_names('conv1', 'stem_conv')
+  names |= layers.norm_names('bn1', 'stem_norm')
   for stage, blocks in enumerate(_BLOCKS[config.depth], 1):
     for block in range(1, blocks + 1):
       theirs, ours = f'layer{stage}.{block - 1}', f'stage{stage}_block{block}'
       for i in range(1, 4 if bottleneck else 3):
-        add_conv(f'{theirs}.conv{i}', ours, f'conv{i}')
-        add_norm(f'{theirs}.bn{i}', ours, f'norm{i}')
+        names |= layers.conv_names(f'{theirs}.conv{i}', ours, f'conv{i}')
+        names |= layers.norm_names(f'{theirs}.bn{i}', ours, f'norm{i}')
       if block == 1 and (stage > 1 or bottleneck):
-        add_conv(f'{theirs}.downsample.0', ours, 'projection')
-        add_norm(f'{theirs}.downsample.1', ours, 'projection_norm')
-  names['fc.weight'] = (('params', 'head', 'kernel'), (1, 0))
-  names['fc.bias'] = (('params', 'head', 'bias'), (0,))
-  return names
+        names |= layers.conv_names(f'{theirs}.downsample.0', ours, 'projection')
+        names |= layers.norm_names(f'{theirs}.downsample.1', ours, 'projection_norm')
+  return {'torchvision and timm': names | layers.dense_names('fc', 'head')}
 
 
 class ResNet(nn.Module):
@@ -99,7 +85,9 @@ class ResNet(nn.Module):
   stem: str = '7x7'
   width: int = 64
   norm_momentum: float = 0.9
+  fixed_statistics: bool = False
   frozen_stages: int = 0
+  skipped_stages: int = 0
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -111,8 +99,11 @@ class ResNet(nn.Module):
     maps = {}
     x = images.astype(self.dtype)
     for stage, blocks in enumerate(_BLOCKS[self.depth]):
+      if stage < self.skipped_stages:
+        continue
       frozen = stage < self.frozen_stages
-      options = {'momentum': self.norm_momentum, 'dtype': self.dtype, 'train': train and not frozen}
+      train_norm = train and not frozen and not self.fixed_statistics
+      options = {'momentum': self.norm_momentum, 'dtype': self.dtype, 'train': train_norm}
       if stage == 0:
         small = self.stem == '3x3'
         x = _conv(self.width, 3 if small else 7, 1 if small else 2, self.dtype, 'stem_conv')(x)
@@ -131,7 +122,7 @@ class ResNet(nn.Module):
         x = jax.lax.stop_gradient(x)  # so no gradient is computed below
       maps[f'stage{stage + 1}'] = x
     # Hundreds of bfloat16 numbers are summed in float32.
-    maps['pooled'] = x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    maps['pooled'] = x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32) if x.ndim == 4 else x
     x = nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x.astype(self.dtype))
     maps['logits'] = x.astype(jnp.float32)
     return maps['logits'], maps
@@ -183,8 +174,8 @@ def _conv(features: int, kernel_size: int, stride: int, dtype: Any, name: str) -
   )
 
 
-def _norm(name: str, *, momentum: float, dtype: Any, train: bool, zero: bool = False) -> nn.BatchNorm:
-  return nn.BatchNorm(
+def _norm(name: str, *, momentum: float, dtype: Any, train: bool, zero: bool = False) -> layers.BatchNorm:
+  return layers.BatchNorm(
     use_running_average=not train,
     momentum=momentum,
     dtype=dtype,

@@ -18,12 +18,13 @@ import numpy as np
 from cnn_jax import UsageError, command, evaluate, files, inspect, metrics, record
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, Split
-from cnn_jax.report import charts, pictures, text
+from cnn_jax.report import charts, text
 from cnn_jax.report.examples import select_examples
+from cnn_jax.report.layers import tables
 from cnn_jax.report.performance import calibrate, confusion, learning_curves, wilson_interval
 from cnn_jax.report.subject import Subject
-from cnn_jax.report.walk import follow_image, kind_name
-from cnn_jax.run import Run, check_logits, load_run, load_run_dataset
+from cnn_jax.report.walk import follow_image
+from cnn_jax.run import Run, check_has_data, check_logits, load_run, load_run_dataset
 
 _LONGEST, _ROWS = 20_000, 50  # characters of the command and the config; rows of versions
 
@@ -34,6 +35,7 @@ def write_report(
   output: str | os.PathLike | None = None,
   data_dir: str | os.PathLike | None = None,
   split: str = 'test',
+  logits: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
   """Writes the page about a run, complete or not, from its last checkpoint.
 
@@ -43,6 +45,7 @@ def write_report(
     output: the file to write; report.html in the workdir if None.
     data_dir: where the data set of the run is now, if it was moved and is not loaded.
     split: the split to show: train | validation | test.
+    logits: of splits by name, float32 (n, num_classes), if they are computed already, as `evaluate.evaluate_split` does.
 
   Returns:
     The file.
@@ -53,11 +56,12 @@ def write_report(
   """
   path = Path(output) if output is not None else Path(workdir) / 'report.html'
   run = load_run(workdir)
+  check_has_data(run)
   files.check_output(path)
   dataset = dataset or load_run_dataset(run, data_dir)
   if not len(getattr(dataset, split)):
     raise UsageError(f'the {split} split of "{run.dataset}" is empty; choose another --split.')
-  page = _render(_contents(Path(workdir), run, dataset, split))
+  page = _render(_contents(Path(workdir), run, dataset, split, logits or {}))
   try:
     files.write_atomically(path, page)
   except OSError as error:
@@ -82,33 +86,68 @@ def main(argv: Sequence[str]) -> None:
   print(command.printable(str(written)))
 
 
-def _contents(workdir: Path, run: Run, dataset: Dataset, name: str) -> dict[str, Any]:
+def _contents(workdir: Path, run: Run, dataset: Dataset, name: str, logits: Mapping[str, np.ndarray]) -> dict[str, Any]:
   """The variables of the template, by section."""
-  batch_size, split = run.config.evaluation.batch_size, getattr(dataset, name)
+  split = getattr(dataset, name)
   # A temperature that is fitted on validation says nothing about validation.
   fitted = dataset.validation if name != 'validation' else Split(dataset.validation.images[:0], np.zeros(0, np.int32))
-  logits, validation_logits = (
-    evaluate.compute_logits(run.model, run.variables, part.images, batch_size) for part in (split, fitted)
-  )
-  check_logits(logits, run)
-  check_logits(validation_logits, run)
-  subject = Subject(run, split, logits, name)
+  of_split, of_fitted = _logits(run, [(split, logits.get(name)), (fitted, logits.get('validation'))])
+  subject, views = Subject(run, split, of_split, name), evaluate.run_views(run.config)
   layers = inspect.layer_table(run.model, run.image_shape)
   with charts.style():
+    walk = follow_image(subject, layers)
+    head_input = 'global average pooling' if walk['pooled']['stages'] else 'input of the head'
     return {
       'split': name,
       'run_name': text.clean(workdir.absolute().name),
-      'small': max(run.image_shape[:2]) <= pictures.SMALL,
+      'small': subject.small,
+      'views': len(views.views) if views else 0,
       'result': _result(workdir, dataset, subject, layers),
       'environment': _environment(workdir),
       'curves': learning_curves(workdir),
-      'confusion': confusion(logits, split.labels, subject.classes),
-      'calibration': calibrate(logits, split.labels, validation_logits, fitted.labels),
+      'confusion': confusion(of_split, split.labels, subject.classes),
+      'calibration': calibrate(of_split, split.labels, of_fitted, fitted.labels),
       'examples': select_examples(subject),
-      'walk': follow_image(subject, layers),
-      'layers': _layers(subject, layers),
+      'walk': walk,
+      'layers': tables(layers, head_input, walk['pooled']['size']),
       'config': text.shorten(json.dumps(run.config.to_dict(), indent=2), _LONGEST),
     }
+
+
+def _logits(run: Run, parts: Sequence[tuple[Split, np.ndarray | None]]) -> list[np.ndarray]:
+  """The logits of some splits: those that are given, or else computed by one program in batches of one size."""
+  missing = [split for split, given in parts if given is None]
+  count = sum(map(len, missing))
+  batches = -(-count // run.config.evaluation.batch_size) or 1
+  statistics, views = config_lib.statistics(run.config.data), evaluate.run_views(run.config)
+  size = -(-count // batches)
+  size = size if size <= 64 else -(-size // 32) * 32  # so that it has a divisor; see `evaluate.chunk_size`
+  computed = evaluate.compute_logits(run.model, run.variables, _Joined(missing), statistics, size or 1, views)
+  ends = np.cumsum([0, *map(len, missing)])
+  rest = iter(computed[start:end] for start, end in itertools.pairwise(ends))
+  logits = [next(rest) if given is None else given for _, given in parts]
+  for found in logits:
+    check_logits(found, run)
+  return logits
+
+
+class _Joined:
+  """The images of several splits, one after another, for slices in order."""
+
+  def __init__(self, splits: Sequence[Split]):
+    self._images = [split.images for split in splits]
+
+  def __len__(self) -> int:
+    return sum(map(len, self._images))
+
+  def __getitem__(self, wanted: slice) -> np.ndarray:
+    parts, first = [], 0
+    for images in self._images:
+      start, end = (min(max(place - first, 0), len(images)) for place in (wanted.start, wanted.stop))
+      if start < end:
+        parts.append(np.asarray(images[start:end]))
+      first += len(images)
+    return np.concatenate(parts)
 
 
 def _render(contents: Mapping[str, Any]) -> str:
@@ -212,35 +251,3 @@ def _num_steps(config: Any, num_train: int) -> int:
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
   """The numbers of result.json, which somebody else may have written."""
   return {name: x for name, x in values.items() if type(x) in (int, float) and 0 <= x < 1e15}
-
-
-def _layers(subject: Subject, layers: Sequence[inspect.Layer]) -> dict[str, Any]:
-  """The table of the layers; the input of the head gets a row of its own."""
-  rows = []
-  for layer in layers:
-    if layer.path == ('head',):
-      rows.append(
-        {
-          'name': 'global average pooling' if subject.has_activation_maps else 'input of the head',
-          'kind': '',
-          'kernel': '',
-          'shape': str(inspect.head_kernel(subject.run.variables).shape[0]),
-          'parameters': 0,
-          'operations': 0,
-        }
-      )
-    rows.append(
-      {
-        'name': ' · '.join(layer.path),
-        'kind': kind_name(layer.kind),
-        'kernel': text.shape(layer.kernel) if layer.kernel else '',
-        'shape': text.shape(layer.output),
-        'parameters': layer.parameters,
-        'operations': layer.operations,
-      }
-    )
-  return {
-    'rows': rows,
-    'parameters': sum(layer.parameters for layer in layers),
-    'operations': sum(layer.operations for layer in layers),
-  }

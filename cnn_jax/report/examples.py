@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from cnn_jax import inspect, models
+from cnn_jax import inspect
 from cnn_jax.report import pictures
 from cnn_jax.report.subject import Subject
 
-MISTAKES, UNCERTAIN = 25, 15  # images shown of each kind
+MISTAKES, UNCERTAIN = 24, 15  # images shown of each kind
 
 
 def select_examples(subject: Subject) -> dict[str, Any]:
@@ -22,13 +22,12 @@ def select_examples(subject: Subject) -> dict[str, Any]:
   others = np.concatenate([subject.split.labels[mistakes], second[uncertain]])
   pairs = np.stack([subject.predicted[chosen], others], axis=1)
   cards = [_card(subject, int(i), pair) for i, pair in zip(chosen, pairs, strict=True)]
-  if subject.has_activation_maps:
-    _add_maps(subject, cards, chosen, pairs)
+  has_maps = _add_maps(subject, cards, chosen, pairs)
   return {
     'mistakes': cards[: len(mistakes)],
     'uncertain': cards[len(mistakes) :],
     'num_mistakes': len(wrong),
-    'has_maps': subject.has_activation_maps,
+    'has_maps': has_maps,
   }
 
 
@@ -41,12 +40,17 @@ def _card(subject: Subject, index: int, pair: np.ndarray) -> dict[str, Any]:
   }
 
 
-def _add_maps(subject: Subject, cards: list[dict[str, Any]], chosen: np.ndarray, pairs: np.ndarray) -> None:
-  """Adds the class activation maps of both classes to each card."""
-  last = np.concatenate([maps[models.stage_names(maps)[-1]] for maps, _ in subject.maps(chosen)])
-  all_evidence = inspect.class_activation_maps(subject.run.variables, last, pairs)
-  for card, evidence in zip(cards, all_evidence, strict=True):
+def _add_maps(subject: Subject, cards: list[dict[str, Any]], chosen: np.ndarray, pairs: np.ndarray) -> bool:
+  """Adds the class activation maps of both classes to each card, if the network has them; returns whether it has."""
+  averaged = []
+  for found in subject.inside(chosen):
+    if not (stages := inspect.averaged_stages(found.maps)):
+      return False
+    averaged.append({name: found.maps[name] for name in stages})
+  maps = {name: np.concatenate([batch[name] for batch in averaged]) for name in averaged[0]}
+  all_evidence = inspect.class_activation_maps(subject.run.variables, maps, pairs)
+  for index, card, evidence in zip(map(int, chosen), cards, all_evidence, strict=True):
     scale = max(float(evidence.max()), 1e-9)
     for side, values, colour in zip(card['sides'], evidence, (pictures.ORANGE, pictures.BLUE), strict=True):
-      layer = pictures.overlay(values / scale, colour, subject.run.image_shape[:2])
-      side['map'] = pictures.data_uri(layer)
+      side['map'] = subject.evidence(index, values / scale, colour)
+  return True

@@ -11,7 +11,8 @@ from cnn_jax import calibration, metrics, record
 from cnn_jax.report import charts, text
 
 _CURVE_POINTS = 400  # per curve; more are averaged
-_MATRIX, _ROWS = 1000, 1000  # classes up to which the matrix is drawn; classes in the table
+_MATRIX, _ROWS = 60, 100  # classes up to which the matrix is drawn; classes in the table
+_PAIRS = 10  # in the table of confusions; twice as many without a matrix
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -57,26 +58,29 @@ def learning_curves(workdir: Path) -> list[dict[str, Any]]:
 def confusion(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
   """The confusion matrix, the most frequent confusions, and precision, recall and F1 per class.
 
-  With more than 1,000 classes there is no matrix, and the table has those with the lowest F1.
+  With more than 60 classes there is no matrix; with more than 100, the table has those with the lowest F1.
 
   Args:
     logits: float (n, num_classes).
     labels: int (n,).
     classes: names of the classes.
   """
-  from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
   n = len(classes)
   predicted = np.argmax(logits, axis=1)
-  svg = (
-    charts.confusion_matrix(confusion_matrix(labels, predicted, labels=np.arange(n)), classes) if n <= _MATRIX else ''
-  )
-  per_class = precision_recall_fscore_support(labels, predicted, labels=np.arange(n), zero_division=np.nan)
   wrong = labels != predicted
   found, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
   pairs = sorted(zip(counts.tolist(), *found.tolist(), strict=True), key=lambda pair: (-pair[0], *pair[1:]))
-  support = np.bincount(labels, minlength=n)
-  order = np.arange(n) if n <= _ROWS else np.sort(np.argsort(per_class[2], kind='stable')[:_ROWS])
+  support, guesses, hits = (np.bincount(x, minlength=n) for x in (labels, predicted, labels[~wrong]))
+  with np.errstate(invalid='ignore'):  # 0 / 0 is NaN
+    precision, recall, f1 = hits / guesses, hits / support, 2 * hits / (support + guesses)
+  svg = ''
+  if n <= _MATRIX:
+    matrix = np.diag(hits)
+    matrix[tuple(found)] = counts
+    svg = charts.confusion_matrix(matrix, classes)
+  order = np.arange(n)
+  if n > _ROWS:
+    order = np.argsort(f1, kind='stable')[: min(_ROWS, np.sum(~np.isnan(f1)))]  # NaN comes last
   return {
     'svg': svg,
     'numbers': n <= 20,
@@ -87,18 +91,15 @@ def confusion(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]) ->
         'count': count,
         'share': count / int(support[i]),
       }
-      for count, i, j in pairs[:10]
+      for count, i, j in pairs[: _PAIRS if svg else 2 * _PAIRS]
     ],
     'num_pairs': len(pairs),
     'classes': [
-      {
-        'name': classes[i],
-        **{key: x[i] for key, x in zip(('precision', 'recall', 'f1', 'count'), per_class, strict=True)},
-      }
+      {'name': classes[i], 'count': support[i], 'precision': precision[i], 'recall': recall[i], 'f1': f1[i]}
       for i in order.tolist()
     ],
     'num_classes': n,
-    'macro_f1': float(np.nanmean(per_class[2])),
+    'macro_f1': float(np.nanmean(f1)),
   }
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 SMALL = 64  # pixels per side up to which pictures are kept and shown pixel by pixel
 BLUE, ORANGE = (58, 118, 175), (222, 96, 32)  # in pictures, which do not follow the light or dark theme of the page
+_LIGHT = {BLUE: (176, 230, 255), ORANGE: (255, 226, 130)}  # of the largest values of maps over photographs
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -18,15 +19,14 @@ def data_uri(pixels: np.ndarray) -> str:
     pixels: uint8 (height, width, channels), 1, 3 or 4 channels.
   """
   image = _to_image(pixels)
-  buffer = io.BytesIO()
-  image.save(buffer, 'PNG')
-  kind = 'png'
-  if buffer.tell() > 6000:  # small pictures stay exact
-    lossy = io.BytesIO()
-    image.save(lossy, 'WEBP', quality=80)
-    if lossy.tell() < buffer.tell() / 2:  # true for photographs
-      buffer, kind = lossy, 'webp'
-  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+  kind, encoded = 'png', _encode(image, 'PNG', compress_level=1)
+  if len(encoded) > 6000:  # small pictures stay exact
+    lossy = _encode(image, 'WEBP', quality=80, method=2)
+    if len(lossy) < len(encoded) / 2:  # true for photographs
+      kind, encoded = 'webp', lossy
+  if kind == 'png':
+    encoded = _encode(image, 'PNG')  # smaller, and slower, which large photographs would feel
+  return f'data:image/{kind};base64,{base64.b64encode(encoded).decode()}'
 
 
 def fit(pixels: np.ndarray, side: int = SMALL) -> np.ndarray:
@@ -88,10 +88,54 @@ def overlay(evidence: np.ndarray, rgb: tuple[int, int, int], shape: Sequence[int
     uint8 (height, width, 4), with the aspect of the image.
   """
   scale = SMALL / max(shape)
-  size = (max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale)))
-  smooth = np.asarray(Image.fromarray(evidence.astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
-  alpha = np.round(np.clip(smooth, 0, 1) * 200).astype(np.uint8)
+  size = (max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale)))
+  alpha = np.round(_enlarge(evidence, size) * 200).astype(np.uint8)
   return np.dstack([np.broadcast_to(np.array(rgb, np.uint8), (*alpha.shape, 3)), alpha])
+
+
+def highlight(image: np.ndarray, evidence: np.ndarray, rgb: tuple[int, int, int]) -> np.ndarray:
+  """Lays a class activation map over a photograph: a colour that becomes light, over a darker picture with less colour.
+
+  Args:
+    image: uint8 (height, width, 1 or 3).
+    evidence: float32 (rows, columns), at most 1; the picture shows through where it is zero or less.
+    rgb: of the map up to half of its largest value, `BLUE` or `ORANGE`.
+
+  Returns:
+    uint8 (height, width, 3).
+  """
+  amount = _enlarge(evidence, image.shape)[..., None]
+  colour = np.array(rgb, np.float32)
+  ramp = colour + np.maximum(2 * amount - 1, 0) * (np.array(_LIGHT[rgb], np.float32) - colour)
+  opacity = 0.85 * amount**0.6
+  return np.round(_pale(image, 0.7) * (1 - opacity) + ramp * opacity).astype(np.uint8)
+
+
+def spotlight(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+  """Darkens a photograph where a map is less than about half of its largest value.
+
+  Args:
+    image: uint8 (height, width, 1 or 3).
+    values: float32 (rows, columns), a map of the image.
+
+  Returns:
+    uint8 (height, width, 3).
+  """
+  amount = _enlarge(values / max(float(values.max()), 1e-12), image.shape)
+  light = np.clip((amount[..., None] - 0.3) / 0.3, 0, 1)
+  return np.round(image * light + _pale(image, 0.55) * (1 - light)).astype(np.uint8)
+
+
+def _enlarge(values: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+  """Enlarges a map smoothly to the size of an image (height, width, ...): float32, from 0 to 1."""
+  image = Image.fromarray(values.astype(np.float32))
+  return np.clip(np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)), 0, 1)
+
+
+def _pale(image: np.ndarray, brightness: float) -> np.ndarray:
+  """A darker image with little colour, so that coloured and bright places stand out: float32 (height, width, 3)."""
+  grey = image.astype(np.float32).mean(axis=2, keepdims=True)
+  return np.broadcast_to(brightness * (0.75 * grey + 0.25 * image), (*image.shape[:2], 3))
 
 
 def cut(image: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
@@ -139,6 +183,12 @@ def sheet(tiles: np.ndarray, columns: int, gap_share: float = 0.08) -> np.ndarra
     if channels == 3:
       pixels[y : y + height, x : x + width, 3] = 255
   return pixels
+
+
+def _encode(image: Image.Image, kind: str, **options: int) -> bytes:
+  buffer = io.BytesIO()
+  image.save(buffer, kind, **options)
+  return buffer.getvalue()
 
 
 def _to_image(pixels: np.ndarray) -> Image.Image:

@@ -1,8 +1,8 @@
 """The subject of a report: a run, its predictions on a split, and the maps inside its network."""
 
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,13 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import calibration, inspect, models
+from cnn_jax import config as config_lib
 from cnn_jax.data import Split
-from cnn_jax.data.augment import normalize
+from cnn_jax.data.augment import Statistics, normalize
 from cnn_jax.report import pictures, text
 from cnn_jax.run import Run
 
 _BATCH, _BATCH_PIXELS = 50, 400_000  # images per call of the network; fewer if they are large
-_PICTURE = 160  # largest side in pixels of an image on the page
+_PICTURE = 240  # largest side in pixels of an image on the page
+
+
+class Inside(NamedTuple):
+  """What is inside the network for a batch of images."""
+
+  maps: dict[str, np.ndarray]  # float32, as the network computes them: stage1, ..., pooled, logits
+  strongest: dict[str, tuple[np.ndarray, np.ndarray]]  # per stage, of each channel: the largest value, and its place
+  variation: np.ndarray  # (batch, features), standard deviation over the image of the convolution that reads it
+  kernel: np.ndarray  # of that convolution
 
 
 class Subject:
@@ -33,7 +43,7 @@ class Subject:
     predicted: int (n,), the classes predicted.
     probabilities: float64 (n, num_classes).
     confidence: float64 (n,), the probabilities of the predicted classes.
-    has_activation_maps: whether the network has class activation maps: the input of its head is an average of maps.
+    small: whether the images are shown pixel by pixel.
   """
 
   def __init__(self, run: Run, split: Split, logits: np.ndarray, name: str = 'test'):
@@ -42,7 +52,7 @@ class Subject:
     self.predicted = np.argmax(logits, axis=1)
     self.probabilities = calibration.softmax(logits)
     self.confidence = np.max(self.probabilities, axis=1)
-    self.has_activation_maps = inspect.has_class_activation_maps(run.model, run.image_shape)
+    self.small = max(run.image_shape[:2]) <= pictures.SMALL
 
   def name(self, index: int) -> str:
     """The file name of an image, or its number."""
@@ -58,35 +68,42 @@ class Subject:
     """An image as a data address."""
     return pictures.data_uri(pictures.fit(self.pixels(index), _PICTURE))
 
-  def maps(
-    self, indices: np.ndarray
-  ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, np.ndarray]]]]:
+  def evidence(self, index: int, values: np.ndarray, colour: tuple[int, int, int]) -> str:
+    """A class activation map as a data address: laid over a photograph, or a layer to lay over a small image.
+
+    Args:
+      index: of the image.
+      values: float32 (height, width), at most 1.
+      colour: of the largest values.
+    """
+    if self.small:
+      return pictures.data_uri(pictures.overlay(values, colour, self.run.image_shape[:2]))
+    return pictures.data_uri(pictures.highlight(pictures.fit(self.pixels(index), _PICTURE // 2), values, colour))
+
+  def inside(self, indices: np.ndarray) -> Iterator[Inside]:
     """Computes what is inside the network for some images, batch by batch.
 
     Args:
       indices: int (k,), of images of the split.
-
-    Yields:
-      Of each batch: its maps, float32; and per stage the largest value of each channel and its position in the
-      flattened map, both (batch, features).
     """
     height, width = self.run.image_shape[:2]
+    statistics = config_lib.statistics(self.run.config.data)
     size = max(4, min(_BATCH, _BATCH_PIXELS // (height * width)))
     for start in range(0, len(indices), size):
       batch = indices[start : start + size]
+      n = len(batch)
       images = np.asarray(self.split.images[np.resize(batch, size)])  # padded, so that one program serves all batches
-      maps, strongest = _compute_maps(self.run.model, self.run.variables, images)
-      yield (
-        {name: np.asarray(values)[: len(batch)] for name, values in maps.items()},
-        {name: (np.asarray(v)[: len(batch)], np.asarray(at)[: len(batch)]) for name, (v, at) in strongest.items()},
-      )
+      *computed, kernel = jax.device_get(_compute(self.run.model, self.run.variables, images, statistics))
+      maps, strongest, variation = jax.tree.map(lambda x, n=n: x[:n], computed)
+      yield Inside(maps, strongest, variation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames='model')
-def _compute_maps(
-  model: nn.Module, variables: Any, images: jax.Array
-) -> tuple[Mapping[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
-  maps = models.infer(model, variables, normalize(images))[1]
+@functools.partial(jax.jit, static_argnames=('model', 'statistics'))
+def _compute(model: nn.Module, variables: Any, images: jax.Array, statistics: Statistics) -> tuple[Any, ...]:
+  """The fields of `Inside`, of a batch uint8 (batch, height, width, channels)."""
+  maps, kernel, response = inspect.maps_and_first_convolution(model, variables, normalize(images, statistics))
   maps = {name: values.astype(jnp.float32) for name, values in maps.items()}
   flat = {name: maps[name].reshape(len(images), -1, maps[name].shape[-1]) for name in models.stage_names(maps)}
-  return maps, {name: (values.max(axis=1), values.argmax(axis=1)) for name, values in flat.items()}
+  strongest = {name: (values.max(axis=1), values.argmax(axis=1)) for name, values in flat.items()}
+  variation = jnp.std(response.astype(jnp.float32), axis=(1, 2))
+  return maps, strongest, variation, kernel.astype(jnp.float32)

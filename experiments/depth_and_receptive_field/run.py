@@ -114,7 +114,7 @@ def strongest_patches(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
 
   @jax.jit
   def strongest(batch: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-    _, maps = run.model.apply(run.variables, normalize(batch), train=False)
+    _, maps = run.model.apply(run.variables, normalize(batch, config_lib.statistics(run.config.data)), train=False)
     found = {}
     for stage in models.stage_names(maps):
       flat = maps[stage].reshape(len(batch), -1, maps[stage].shape[-1])

@@ -134,7 +134,7 @@ def _accuracies(workdir: Path, test: Split) -> dict[str, float]:
 
     def accuracy(images: np.ndarray) -> float:
       split = Split(images, test.labels)
-      return evaluate.evaluate_split(run.model, run.variables, split, run.config.evaluation.batch_size)['accuracy']
+      return evaluate.evaluate_split(run.model, run.variables, split, run.config)['accuracy']
 
     images = np.asarray(test.images)
     directions = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]

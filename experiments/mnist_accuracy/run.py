@@ -106,7 +106,9 @@ def _averaged(workdir: Path, dataset: Dataset) -> float:
     run = load_run(workdir)
     views = evaluate.tta_views(run.config.augment)
     images, size = dataset.test.images, run.config.evaluation.batch_size
-    logits = evaluate.compute_logits(run.model, run.variables, images, size, views)
+    logits = evaluate.compute_logits(
+      run.model, run.variables, images, config_lib.statistics(run.config.data), size, views
+    )
     return metrics.classification_metrics(logits, dataset.test.labels)
 
   return study.cached(workdir / 'averaged_over_shifts.json', measure)['accuracy']

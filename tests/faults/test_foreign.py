@@ -14,7 +14,7 @@ from cnn_jax import UsageError, calibration, checkpoint, evaluate, export, predi
 from cnn_jax.data import Dataset, Split, drawings, load_dataset, prepared, tfds
 from tests.datasets import make_tfds, settings
 from tests.faults.tools import DIGITS, ROOT, call_command, one_line
-from tests.helpers import untrained_run
+from tests.helpers import LEVELS, logits_of, untrained_run
 
 _FEATURES = 'tensorflow_datasets.core.features.'
 _IMAGE = {'pythonClassName': _FEATURES + 'image_feature.Image', 'image': {'dtype': 'uint8'}}
@@ -246,9 +246,9 @@ def test_what_predicts_and_what_is_exported_compute_at_one_precision():
   found = untrained_run(features=(4, 6))
   images = np.zeros((2, *found.image_shape), np.uint8)
   texts = [
-    evaluate.eval_step.lower(found.model, found.variables, images).as_text(),
+    evaluate.eval_step.lower(found.model, found.variables, images, LEVELS).as_text(),
     evaluate.view_step.lower(
-      found.model, found.variables, images, np.bool_(True), np.array([1, 0], np.int32), 'constant'
+      found.model, found.variables, images, LEVELS, np.bool_(True), np.array([1, 0], np.int32), 'constant'
     ).as_text(),
     jax.jit(export._probabilities(found)).lower(images).as_text(),
     predict.Classifier(found)._maps.lower(found.variables, images).as_text(),
@@ -291,7 +291,7 @@ def test_an_export_says_how_pictures_are_prepared(tmp_path):
   model = export.load(tmp_path / 'model.stablehlo')
   assert (model.resize, model.drawing) == ('pad', drawing)
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), dtype=np.uint8)
-  expected = calibration.softmax(evaluate.compute_logits(found.model, found.variables, images, 3))
+  expected = calibration.softmax(logits_of(found, images, 3))
   np.testing.assert_allclose(model(images), expected, atol=1e-6)
 
 
