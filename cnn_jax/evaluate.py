@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnn_jax import UsageError, calibration, command, distribute, metrics, models
+from cnn_jax import UsageError, calibration, command, distribute, metrics, models, parts
 from cnn_jax import config as config_lib
 from cnn_jax.data import Split
 from cnn_jax.data.augment import Statistics, normalize
@@ -73,22 +73,28 @@ def view_step(
   return _in_chunks(log_probabilities, images)
 
 
-def chunk_size(batch_size: int) -> int:
+def chunk_size(batch_size: int, num_pixels: int) -> int:
   """The images that `eval_step` passes through the network at a time.
 
   One CPU device is faster if they fit into its caches (benchmarks/step_time), and then needs a fraction of the memory.
-  The size is the largest divisor of the batch from 16 to 64, so that nothing is padded. Without such a divisor it is 64,
-  and the batch is padded. Elsewhere, and up to 64 images, the whole batch is one chunk.
+  At most 64 small images do, and 10 of 128 x 128 pixels or more. The size is the largest divisor of the batch that is
+  at least a quarter of that, so that nothing is padded. Without such a divisor the batch is padded. Elsewhere, and up to
+  so many images, the whole batch is one chunk.
+
+  Args:
+    batch_size: images.
+    num_pixels: of an image.
   """
-  if jax.default_backend() != 'cpu' or jax.device_count() > 1 or jax.__version_info__ < (0, 11) or batch_size <= 64:
+  most = parts.FORWARD if num_pixels >= parts.PIXELS else 64
+  if jax.default_backend() != 'cpu' or jax.device_count() > 1 or jax.__version_info__ < (0, 11) or batch_size <= most:
     return batch_size
-  return next((size for size in range(64, 15, -1) if batch_size % size == 0), 64)
+  return next((size for size in range(most, most // 4 - 1, -1) if batch_size % size == 0), most)
 
 
 def _in_chunks(function: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
   """Applies a function of a batch chunk by chunk."""
   n = len(images)
-  size = chunk_size(n)
+  size = chunk_size(n, images.shape[1] * images.shape[2])
   if size == n:
     return function(images)
   padded = jnp.pad(images, [(0, -n % size)] + [(0, 0)] * (images.ndim - 1))

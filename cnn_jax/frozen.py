@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import config as config_lib
-from cnn_jax import distribute, models
+from cnn_jax import distribute, models, parts
 from cnn_jax.data import Split, augment
 from cnn_jax.optim import is_kernel
 from cnn_jax.progress import Counter
 
 _DTYPE = np.float16  # of kept maps: their relative rounding error, 5e-4, is far below the effect of augmentation
-_BATCH = 32  # images per call and device; on a CPU the maps of more leave the caches
 _MAX_PROBED = 20_000  # examples that a linear probe is fitted to
 
 
@@ -160,7 +159,9 @@ def compute_maps(
   share = -(-len(wanted) // jax.process_count())
   mine = wanted[jax.process_index() * share : (jax.process_index() + 1) * share]
   is_probed = np.isin(wanted, probed)
-  size = min(_BATCH, -(-share // devices)) * devices
+  # On a CPU the maps of more images leave the caches.
+  per_device = parts.FORWARD if np.prod(split.images.shape[1:3]) >= parts.PIXELS else 64
+  size = min(per_device, -(-share // devices)) * devices
   pooled = models.map_shapes(model, split.images.shape[1:])['pooled'].shape[1:]
   maps = distribute.empty((views, share, *(boundary.shape if boundary else (0,))), _DTYPE)
   features = np.empty((probed_views, share, *pooled), np.float32)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_PIXELS = 128 * 128  # images with fewer fit into the caches by the batch
-_LARGEST = 4  # images of a part; measured in benchmarks/step_time
+PIXELS = 128 * 128  # images with fewer fit into the caches by the batch
+FORWARD, BACKWARD = 10, 4  # larger images at a time, without and with gradients; measured in benchmarks/step_time
 
 
 def count(batch_size: int, num_pixels: int, independent: bool) -> int:
@@ -20,9 +20,9 @@ def count(batch_size: int, num_pixels: int, independent: bool) -> int:
     independent: whether the loss of an example depends on no other example, as it does if batch norm uses the statistics
       of the batch. Otherwise there is one part.
   """
-  if jax.default_backend() != 'cpu' or num_pixels < _PIXELS or not independent:
+  if jax.default_backend() != 'cpu' or num_pixels < PIXELS or not independent:
     return 1
-  return batch_size // next(size for size in range(min(_LARGEST, batch_size), 0, -1) if batch_size % size == 0)
+  return batch_size // next(size for size in range(min(BACKWARD, batch_size), 0, -1) if batch_size % size == 0)
 
 
 def gradient(

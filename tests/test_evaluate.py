@@ -40,8 +40,9 @@ def pictures(dataset, tmp_path_factory):
   reason='only a CPU with the compiler of jax 0.11 or later computes a batch in chunks',
 )
 def test_chunks_are_divisors_if_possible():
-  assert [evaluate.chunk_size(n) for n in (1, 64, 100, 360, 1000)] == [1, 64, 50, 60, 50]
-  assert [evaluate.chunk_size(n) for n in (67, 143, 997)] == [64, 64, 64]
+  assert [evaluate.chunk_size(n, 784) for n in (1, 64, 100, 360, 1000)] == [1, 64, 50, 60, 50]
+  assert [evaluate.chunk_size(n, 784) for n in (67, 143, 997)] == [64, 64, 64]
+  assert [evaluate.chunk_size(n, 224 * 224) for n in (7, 10, 50, 12, 17)] == [7, 10, 10, 6, 10]
 
 
 def test_a_batch_without_a_divisor_needs_little_memory_and_gives_the_same_logits():

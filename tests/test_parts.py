@@ -52,6 +52,6 @@ def test_training_in_parts_is_training(tmp_path, monkeypatch):
   config.log.update({'report': False, 'tensorboard': False})
   losses = []
   for pixels in (1, 10_000):
-    monkeypatch.setattr(parts, '_PIXELS', pixels)
+    monkeypatch.setattr(parts, 'PIXELS', pixels)
     losses.append(main.train_and_evaluate(config, tmp_path / str(pixels), dataset=dataset)['test_loss'])
   assert losses[0] == pytest.approx(losses[1], rel=1e-5)
