@@ -1,8 +1,10 @@
-"""Photographs: an EfficientNet-Lite with ImageNet weights, fine-tuned for the classes of a folder.
+"""Photographs: an EfficientNet-Lite0 with ImageNet weights, fine-tuned for the classes of a folder.
 
 python -m cnn_jax.main --config=configs/photographs.py --config.data.dir=DIR
-    DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*; some dozens of photographs per class suffice. The weights
-    are installed with the project, so no network is needed.
+    DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*; some dozens of photographs per class suffice. 3,379,973
+    parameters for five classes, of which 2,679,205 are trained. 86.3 +- 1.4 % on five flowers and 74.9 +- 1.1 % on six
+    kinds of trash, from 20 photographs of each (seeds 0-2), a minute on 2 cores (benchmarks/fine_tuning). The weights are
+    installed with the project, so no network is needed.
 """
 
 from cnn_jax.config import default_config
