@@ -69,8 +69,8 @@ def test_all_that_read_images_agree(workdir):
   np.testing.assert_allclose(classifier.predict(images[:5]), averaged[:5], **close)
   np.testing.assert_allclose(classifier.predict(images[:5], tta=False), plain[:5], **close)
   np.testing.assert_allclose(classifier.feature_maps(images[0])['logits'], logits[0], **close)
-  ((maps, _),) = Subject(run, split, logits, 'test').maps(np.arange(4))
-  np.testing.assert_allclose(maps['logits'], logits[:4], **close)
+  (found,) = Subject(run, split, logits, 'test').inside(np.arange(4))
+  np.testing.assert_allclose(found.maps['logits'], logits[:4], **close)
 
   # Exports compute one view, and say so.
   for name in ('model.stablehlo', 'model.onnx'):
