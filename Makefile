@@ -21,13 +21,15 @@ test: .venv/installed
 	COVERAGE_CORE=$$(.venv/bin/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 	.venv/bin/python -m pytest -n auto --dist loadfile --cov --cov-report=term $(ARGS)
 
-# The fault matrix: every promise of docs/faults.md, tested by real injection. Coverage-guided fuzzing if atheris installs.
+# The fault matrix: every promise of docs/faults.md, tested by real injection, and the other slow tests. Coverage-guided
+# fuzzing if atheris installs.
 faults: export FAULTS_KILLS ?= 50
 faults: export FAULTS_PAIRS ?= 20
 faults: export FAULTS_MUTATIONS ?= 200
 faults: .venv/installed
 	.venv/bin/python -c 'import atheris' 2>/dev/null || .venv/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[fuzz]' || true
 	.venv/bin/python -m pytest -n auto --dist worksteal -m 'faults or not faults' tests/faults $(ARGS)
+	.venv/bin/python -m pytest -n auto --dist worksteal -m faults --ignore=tests/faults tests $(ARGS)
 
 # Trains a published result again from several seeds: PASS, or the difference. Slower ones: make reproduce RESULT=mnist
 reproduce: .venv/installed
