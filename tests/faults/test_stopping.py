@@ -187,7 +187,7 @@ def test_what_was_left_at_the_end_is_done_by_the_next_start(complete, tmp_path):
 def test_a_report_that_fails_leaves_the_result(complete, tmp_path, monkeypatch):
   workdir = shutil.copytree(complete, tmp_path / 'run')
 
-  def fails(*_):
+  def fails(*_, **__):
     raise OSError('no fonts\nare installed')
 
   monkeypatch.setattr(report, 'write_report', fails)
