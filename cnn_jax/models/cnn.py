@@ -126,9 +126,7 @@ class CNN(nn.Module):
       if frozen:
         x = jax.lax.stop_gradient(x)  # so no gradient is computed below
       maps[f'stage{i + 1}'] = x
-    if x.ndim == 2:
-      pass  # all stages are skipped
-    elif self.aggregate == 'gap':
+    if self.aggregate == 'gap' and x.ndim == 4:  # not if all stages are skipped
       # Hundreds of bfloat16 numbers are summed in float32.
       x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
     else:
