@@ -1,5 +1,5 @@
 # `make train` and `make test` do all the set-up from a bare clone: a Python >= 3.11 and a package registry are enough.
-.PHONY: train photographs test faults reproduce lint docs setup clean
+.PHONY: train photographs test faults reproduce accelerator lint docs setup clean
 
 # The newest working Python with a file in constraints/, otherwise any from 3.11 on. A pyenv shim may fail; the versions
 # that pyenv has installed work.
@@ -34,6 +34,10 @@ faults: .venv/installed
 # Trains a published result again from several seeds: PASS, or the difference. Slower ones: make reproduce RESULT=mnist
 reproduce: .venv/installed
 	.venv/bin/python -m experiments.reproduce $(or $(RESULT),digits) $(ARGS)
+
+# What a GPU or TPU computes and how fast: make accelerator ARGS=--minutes=4. A CPU runs reduced sizes.
+accelerator: .venv/installed
+	.venv/bin/python -m benchmarks.accelerator $(ARGS)
 
 lint: .venv/installed
 	.venv/bin/ruff format --check .

@@ -8,15 +8,13 @@ One process writes: the one that holds the lock of the workdir. Any number of pr
 Everything is plain arrays and JSON: nothing is executed when a checkpoint is read.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
-from cnn_jax import Diverged, UsageError, command, files
+from cnn_jax import Diverged, UsageError, arrays, command, files
 
 # 'best' is the checkpoint with the highest of the first of these that is in its `info`; the second is that of older
 # versions. The test split plays no part in the selection.
@@ -45,7 +43,7 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
   the one with the highest `score` (of equals, the earliest).
 
   Args:
-    directory: holds the checkpoints; made if it does not exist.
+    directory: holds the checkpoints; made if it does not exist, in a directory that does.
     step: steps done, >= 0.
     state: a pytree of arrays (any dtype, not empty), on devices or not; every array must be whole in this process.
       Its fields `step`, `params`, `batch_stats` and `ema` are checked if it has them.
@@ -57,15 +55,15 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
     Diverged: a parameter, a running statistic or an average is not finite; nothing is saved.
   """
   directory = Path(directory).absolute()
-  arrays = jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(state)))
-  _check_state(arrays, step)
+  host = _to_host(state)
+  _check_state(host, step)
   temporary, target, replaced = directory / f'.tmp-{step}', directory / str(step), directory / f'.old-{step}'
   try:
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)  # not its parents: the disk of the workdir may have been removed
     clean(directory)
     try:
       temporary.mkdir()
-      _write_arrays(temporary / 'state', arrays)
+      arrays.write(temporary / 'state', host)
       (temporary / 'info.json').write_text(json.dumps(dict(info), indent=2, sort_keys=True) + '\n')
       manifest = {'step': step, 'files': {name: _fingerprint(temporary / name) for name in _files(temporary)}}
       (temporary / 'manifest.json').write_text(json.dumps(manifest, indent=2, sort_keys=True) + '\n')
@@ -83,6 +81,24 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
     raise UsageError(
       f'cannot save the checkpoint of step {step} in {directory}: {reason}; correct that or use another --workdir.'
     ) from error
+
+
+def copy(step: int, state: Any) -> Any:
+  """Copies a state to the host, for a `save` that goes on while the state changes.
+
+  Args:
+    step, state: see `save`.
+
+  Returns:
+    Nested dicts of NumPy arrays, which `save` takes in place of the state.
+
+  Raises:
+    Diverged: see `save`.
+  """
+  host = _to_host(state)
+  _check_state(host, step)
+  # On a CPU they are the buffers of the state, which the next step takes for its result.
+  return jax.tree.map(np.array, host) if jax.default_backend() == 'cpu' else host
 
 
 def restore(
@@ -121,19 +137,19 @@ def restore(
     try:
       _verify(found[step], step)
       info = _read_json(found[step] / 'info.json')
-      shapes = _read_shapes(found[step] / 'state')
+      shapes = arrays.read_shapes(found[step] / 'state')
       check(info, shapes)
       if template is not None:
         _fill(template, shapes, found[step])
-      arrays = _read_arrays(found[step] / 'state')
-    except _DamagedError as damage:
+      read = arrays.read(found[step] / 'state')
+    except (_DamagedError, arrays.UnreadableError) as damage:
       if not found[step].exists():  # a training run has just removed it; look again
         return restore(directory, template, which=which, check=check, warn=warn)
       damages.append(f'{found[step]} is damaged ({str(damage)[:_MAX_REASON]})')
       if len(damages) < len(found):
         warn(f'checkpoint {damages[-1]}; trying the one before it.')
       continue
-    return (arrays if template is None else _fill(template, arrays, found[step])), step, info
+    return (read if template is None else _fill(template, read, found[step])), step, info
   raise CheckpointError(
     f'all checkpoints are damaged, the last because {damages[0]}; restore a copy of {directory}, '
     'or remove it to start again from step 0.'
@@ -170,9 +186,13 @@ class _DamagedError(Exception):
   """Names the file of a checkpoint that is not as it was written."""
 
 
-def _check_state(arrays: Any, step: int) -> None:
+def _to_host(state: Any) -> Any:
+  return jax.tree.map(np.asarray, jax.device_get(serialization.to_state_dict(state)))
+
+
+def _check_state(state: Any, step: int) -> None:
   """Checks the number of the step, and that what is used for prediction is finite."""
-  fields = arrays if isinstance(arrays, dict) else {}
+  fields = state if isinstance(state, dict) else {}
   if 'step' in fields and int(fields['step']) != step:
     raise AssertionError(f'the checkpoint is saved as step {step}, but the state has made {fields["step"]} steps')
   checked = {name: fields.get(name) for name in ('params', 'batch_stats', 'ema')}
@@ -259,96 +279,15 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {'sha256': hashlib.file_digest(file, 'sha256').hexdigest(), 'bytes': file.tell()}
 
 
-def _write_arrays(path: Path, arrays: Any) -> None:
-  import orbax.checkpoint as ocp  # takes 0.6 s, so only if it is needed
-  from etils import epath
-
-  # The handler alone, because orbax's Checkpointer adds a rename, a metadata file and 50 ms.
-  handler = ocp.PyTreeCheckpointHandler()
-  path.mkdir()
-  with _quiet():
-    try:
-      # In a dict, because orbax refuses an empty tree.
-      handler.save(epath.Path(path), args=ocp.args.PyTreeSave({'state': arrays}))
-      handler.finalize(epath.Path(path))
-    except ValueError as error:  # how TensorStore reports a failed write
-      code = re.search(r"os_error_code='(\d+)'", str(error))
-      if code is None:
-        raise
-      raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-    finally:
-      handler.close()
-
-
-def _read_arrays(path: Path) -> Any:
-  import orbax.checkpoint as ocp
-
-  return _call_orbax(lambda handler, place: handler.restore(place, args=ocp.args.PyTreeRestore())['state'], path)
-
-
-def _read_shapes(path: Path) -> Any:
-  """The arrays of a checkpoint as shapes and types. TensorStore ends the process if it cannot get the memory for one."""
-
-  def read(handler: Any, place: Any) -> Any:
-    found = handler.metadata(place)
-    return jax.tree.map(_as_shape, getattr(found, 'tree', found)['state'])
-
-  return _call_orbax(read, path)
-
-
-def _as_shape(array: Any) -> jax.ShapeDtypeStruct:
-  """The shape and type of an array from its metadata; a chunk larger than the array would take the memory as well."""
-  chunk = array.storage.chunk_shape if array.storage else array.shape
-  if any(part > max(side, 1) for part, side in zip(chunk, array.shape, strict=True)):
-    raise ValueError(f'{array.name} is stored in chunks larger than itself')
-  return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _call_orbax(read: Callable[[Any, Any], Any], path: Path) -> Any:
-  import orbax.checkpoint as ocp
-  from etils import epath
-
-  handler = ocp.PyTreeCheckpointHandler()
-  with _quiet():
-    try:
-      return read(handler, epath.Path(path))
-    except Exception as error:  # the files are as written, so this version of orbax cannot read another one's
-      reason = next(iter(str(error).splitlines()), type(error).__name__).partition(' [tensorstore_spec')[0]
-      raise _DamagedError(f'orbax {ocp.__version__} cannot read it: {reason}') from error
-    finally:
-      handler.close()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  # If the disk is full, orbax logs a traceback per thread; the exception reports it once.
-  logger, hook = logging.getLogger('absl'), sys.unraisablehook
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
-
-  def report(failure: Any) -> None:
-    if failure.exc_type is not RuntimeError or str(failure.exc_value) != 'Event loop is closed':
-      hook(failure)
-
-  # If one array fails, orbax closes its event loop. What TensorStore's threads have to say about the others comes later,
-  # even after this block, and the interpreter prints a traceback for each.
-  sys.unraisablehook = report
-  try:
-    yield
-    sys.unraisablehook = hook
-  finally:
-    logger.setLevel(level)
-
-
-def _fill(template: Any, arrays: Any, path: Path) -> Any:
-  expected, saved = _describe(serialization.to_state_dict(template)), _describe(arrays)
+def _fill(template: Any, read: Any, path: Path) -> Any:
+  expected, saved = _describe(serialization.to_state_dict(template)), _describe(read)
   for name in sorted({*expected, *saved}):
     if expected.get(name) != saved.get(name):
       raise CheckpointError(
         f'checkpoint {path} does not match this model and optimizer: {name or "the state"} is '
         f'{saved.get(name, "missing")} there and {expected.get(name, "missing")} here; use another --workdir.'
       )
-  return serialization.from_state_dict(template, arrays)
+  return serialization.from_state_dict(template, read)
 
 
 def _describe(tree: Any) -> dict[str, str]:

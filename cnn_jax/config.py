@@ -5,10 +5,12 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cnn_jax import UsageError, files, models, rules
+from cnn_jax.data import augment
 from cnn_jax.data.augment import Statistics
 from cnn_jax.fields import RULES
 from cnn_jax.fields import default_config as default_config
@@ -140,6 +142,7 @@ def check(config: ConfigDict) -> None:
   rules.check_statistics(config.data, config.data.channels)
   rules.check_class_weights(config)
   rules.check_stage_rates(config.optimizer.stage_rates)
+  rules.check_sizes(config)
   for place in (config.data.dir, config.init_from):
     if '://' in place:
       files.local_path(place)  # raises
@@ -155,13 +158,24 @@ def check(config: ConfigDict) -> None:
 
 
 def statistics(config_data: ConfigDict) -> Statistics:
-  """The statistics with which images are normalised.
+  """How images of the data set become the network's input, as every reader of a run must do it.
 
   Args:
     config_data: the section `config.data`, checked.
   """
   mean, std = (tuple(float(x) for x in values) for values in (config_data.mean, config_data.std))
-  return Statistics(mean or (127.5,), std or (127.5,))
+  return Statistics(mean or (127.5,), std or (127.5,), config_data.image_size if config_data.canvas_size else 0)
+
+
+def input_shape(config: ConfigDict, image_shape: Sequence[int], *, training: bool = False) -> tuple[int, int, int]:
+  """The shape of the network's input: (height, width, channels).
+
+  Args:
+    config: checked.
+    image_shape: of the images of the data set, likewise.
+    training: whether the input in training is meant; otherwise, and by default, that of everything else.
+  """
+  return augment.input_shape(image_shape, statistics(config.data), config.augment if training else None)
 
 
 def _one_line(error: BaseException) -> str:
@@ -193,7 +207,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
   """Checks what only training needs: that JAX tells the seeds apart, and that batches divide evenly over all devices.
 
   Raises:
-    UsageError: a seed has more than 32 bits; or names the nearest batch sizes that divide.
+    UsageError: a seed has more than 32 bits; or names the nearest batch sizes, or numbers of parts, that divide.
   """
   if config.seed + config.seeds > 2**32:  # `jax.random.key` drops the other bits, or fails
     raise UsageError(
@@ -207,6 +221,14 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
     raise UsageError(
       f'config.batch_size is {size}, which does not divide over {num_devices} devices; the nearest that do: {nearest}.'
     )
+  images, steps = size // num_devices, config.optimizer.accumulate_steps
+  if images % steps:
+    divisors = [n for n in range(1, images + 1) if images % n == 0]
+    below, above = [n for n in divisors if n < steps][-1:], [n for n in divisors if n > steps][:1]
+    raise UsageError(
+      f'config.optimizer.accumulate_steps is {steps}, which does not divide the {images} images of a batch on each device; '
+      f'the nearest that do: {" or ".join(map(str, below + above))}.'
+    )
 
 
 def check_data(
@@ -217,13 +239,13 @@ def check_data(
   Args:
     num_train: training images.
     num_classes: classes of the data.
-    image_shape: (height, width, channels).
+    image_shape: (height, width, channels) of the images.
     num_validation: validation images.
 
   Raises:
     UsageError: a batch larger than the split, a shift larger than the image, a warm-up as long as the training,
-      images too small for the network, other weights than one per class, more rates than stages, or patience without
-      validation.
+      images too small for the network, a network that fits one size only in training at another, other weights than one
+      per class, more rates than stages, or patience without validation.
   """
   config, _ = adapt(config, num_train)
   rules.check_class_weights(config, num_classes)
@@ -235,7 +257,8 @@ def check_data(
     raise UsageError(
       f'config.batch_size is {config.batch_size} but there are {num_train} training images; make it at most {num_train}.'
     )
-  height, width, channels = image_shape
+  shape, trained = input_shape(config, image_shape), input_shape(config, image_shape, training=True)
+  height, width, channels = trained
   rules.check_statistics(config.data, channels)
   side = min(height, width)
   if config.augment.shift >= side:
@@ -246,7 +269,20 @@ def check_data(
   if epochs * steps_per_epoch(config, num_train) >= 2**31:
     raise UsageError(f'config.epochs and config.min_steps ask for {epochs} epochs; a run has less than {2**31} steps.')
   _check_warmup(config, epochs)
-  rules.check_stage_rates(config.optimizer.stage_rates, models.check_images(config.model, num_classes, image_shape))
+  rules.check_stage_rates(config.optimizer.stage_rates, models.check_images(config.model, num_classes, shape))
+  if trained != shape:
+    models.check_images(config.model, num_classes, trained, 'config.augment.image_size')
+    _check_any_size(config, num_classes, shape, trained)
+
+
+def _check_any_size(config: ConfigDict, num_classes: int, *shapes: Sequence[int]) -> None:
+  model = models.create(config.model, num_classes)
+  sizes = [[x.shape for x in jax.tree.leaves(models.init_shapes(model, shape))] for shape in shapes]
+  if sizes[0] != sizes[1]:
+    raise UsageError(
+      f'config.augment.image_size is {config.augment.image_size}, but the parameters of the network of config.model fit '
+      f'images of {shapes[0][0]} pixels a side alone; set it to 0, or use a network with global average pooling.'
+    )
 
 
 def steps_per_epoch(config: ConfigDict, num_train: int) -> int:

@@ -1,10 +1,11 @@
 """Several processes and devices: joining, agreeing, placing arrays, and neighbours across devices."""
 
 import contextlib
-import functools
+import dataclasses
 import math
 import os
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cnn_jax import UsageError, peers
 
 AXIS = 'batch'  # the name of the device axis in every collective and in batch norm
+_DAY = 24 * 60 * 60
 
 
 def join(
@@ -24,55 +26,117 @@ def join(
   process_id: int | None = None,
   heartbeat_seconds: float = peers.HEARTBEAT_SECONDS,
   join_seconds: float = peers.JOIN_SECONDS,
+  stall_seconds: float = peers.STALL_SECONDS,
 ) -> None:
   """Joins the other processes of a run; does nothing if this process is the only one.
 
-  Without arguments, the process joins if Slurm's `srun`, Open MPI's `mpirun` or a TPU pod started several.
+  Without the first three arguments, the process joins if JAX detects a cluster of several processes: those of Slurm's
+  `srun`, of Open MPI's `mpirun`, of a TPU pod, or of an indexed Job of Kubernetes.
 
   Args:
-    coordinator: host:port of process 0.
-    num_processes: how many processes join; the cluster's number if None.
+    coordinator: host:port of process 0; the cluster's if None.
+    num_processes: how many processes join; the cluster's number if None. 1: none, even in a cluster.
     process_id: of this process, from 0; the cluster's number if None.
     heartbeat_seconds: of silence after which another process counts as lost, and this one ends.
     join_seconds: after which this process ends if it does not find the others.
+    stall_seconds: that reading images or writing the record may take, see `peers.deadline`.
 
   Raises:
-    UsageError: the arguments are incomplete or contradict each other, or the other processes did not come.
+    UsageError: the arguments are incomplete or contradict each other, the cluster does not tell what is needed, or the
+      other processes did not come.
   """
-  environment = os.environ
-  several = (
-    int(environment.get('SLURM_STEP_NUM_TASKS', 1)) > 1
-    or int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1
-    or ',' in environment.get('TPU_WORKER_HOSTNAMES', '')
-  )
   numbers = (num_processes, process_id)
-  if coordinator is None and numbers != (None, None):
-    raise UsageError('--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0.')
-  if coordinator is not None:
-    if not re.fullmatch(r'.+:[0-9]{1,5}', coordinator):
-      raise UsageError(f'--coordinator is {coordinator!r}; give it as HOST:PORT, such as node1:1234.')
-    if None in numbers and (numbers != (None, None) or not several):
-      raise UsageError('--coordinator needs --num_processes and --process_id.')
+  for name, seconds, least in (
+    ('heartbeat', heartbeat_seconds, 2),
+    ('join', join_seconds, 1),
+    ('stall', stall_seconds, 2),
+  ):
+    if not least <= seconds <= _DAY:
+      raise UsageError(f'--{name}_seconds is {seconds:g}; it must be from {least} to {_DAY}.')
   if num_processes is not None and num_processes < 1:
     raise UsageError(f'--num_processes is {num_processes}; it must be at least 1.')
   if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
     raise UsageError(f'--process_id is {process_id} of {num_processes} processes; it must be 0 to {num_processes - 1}.')
-  if not heartbeat_seconds >= 2:
-    raise UsageError(f'--heartbeat_seconds is {heartbeat_seconds:g}; it must be at least 2.')
-  if coordinator is None and not several:
+  if num_processes == 1:
     return
+  if coordinator is None and numbers != (None, None):
+    raise UsageError('--num_processes and --process_id need --coordinator=HOST:PORT, the address of process 0.')
+  if coordinator is not None:
+    match = re.fullmatch(r'(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})', coordinator)
+    if not match or not 1 <= int(match[1]) <= 65535:
+      raise UsageError(f'--coordinator is {coordinator!r}; give it as HOST:PORT, such as node1:1234.')
+  cluster = _detect() if numbers == (None, None) else None
+  if coordinator is None and cluster is None:
+    return
+  if cluster is None and None in numbers:
+    raise UsageError('--coordinator needs --num_processes and --process_id.')
   jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
-  initialize = functools.partial(
-    jax.distributed.initialize,
-    coordinator,
-    num_processes,
-    process_id,
+  options: dict[str, Any] = {
     # Later than our own deadlines, because JAX ends the process with a native stack.
-    initialization_timeout=round(join_seconds) + 60,
-    heartbeat_timeout_seconds=round(5 * heartbeat_seconds) + 60,
-    shutdown_timeout_seconds=round(heartbeat_seconds),
-  )
-  peers.connect(initialize, coordinator or 'the address that the cluster gives', join_seconds, heartbeat_seconds)
+    'initialization_timeout': round(join_seconds) + 60,
+    'heartbeat_timeout_seconds': round(5 * heartbeat_seconds) + 60,
+    'shutdown_timeout_seconds': round(heartbeat_seconds),
+  }
+  if cluster is None:
+    options['cluster_detection_method'] = 'deactivate'
+  elif cluster.alone and 'JAX_LOCAL_DEVICE_IDS' not in os.environ:
+    options['local_device_ids'] = []  # all; JAX would take one per process
+  where = coordinator or 'the address that the cluster gives'
+
+  def initialize() -> None:
+    try:
+      jax.distributed.initialize(coordinator, num_processes, process_id, **options)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+      reason = ' '.join(str(error).split())[:300]
+      raise UsageError(f'cannot join the other processes at {where}: {reason}') from error
+
+  peers.connect(initialize, where, join_seconds, heartbeat_seconds, stall_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cluster:
+  """A cluster of several processes; `alone` says whether each of them has a machine of its own."""
+
+  alone: bool
+
+
+def _detect() -> _Cluster | None:
+  """The cluster that JAX detects, if it has several processes.
+
+  Raises:
+    UsageError: there is a cluster, but it does not tell how many processes there are.
+  """
+  from jax._src.clusters import ClusterEnv
+
+  environment, name = os.environ, 'The cluster'
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # JAX advises to install a package in every pod of Kubernetes
+    try:
+      for kind in ClusterEnv._cluster_types:
+        name = kind.__name__.removesuffix('Cluster')
+        # Any pod would do for JAX, for example one that is a notebook.
+        if kind.opt_in_only_method or (name == 'K8s' and 'JOB_COMPLETION_INDEX' not in environment):
+          continue
+        if name == 'Ompi' and environment.get('OMPI_COMM_WORLD_SIZE') == '1':
+          continue
+        if kind.is_env_present():
+          # The number of the job is that of `sbatch`, of which only `srun` starts as many processes.
+          step = int(environment.get('SLURM_STEP_NUM_TASKS', 2)) if name == 'Slurm' else 2
+          if min(step, kind.get_process_count()) < 2:
+            return None
+          nodes = environment.get('SLURM_STEP_NUM_NODES') if name == 'Slurm' else None
+          return _Cluster(nodes == str(step) or environment.get('OMPI_COMM_WORLD_LOCAL_SIZE') == '1')
+      if int(environment.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
+        raise RuntimeError('JAX does not know this version of Open MPI')
+    except Exception as error:  # whatever JAX and the clients of the cluster raise
+      if isinstance(error, OSError) and ',' not in environment.get('TPU_WORKER_HOSTNAMES', ''):
+        return None  # a machine with TPUs, where no server tells of others
+      reason = ' '.join(str(error).split())[:300] or type(error).__name__
+      raise UsageError(
+        f'{name} started this process, but the number of processes is not known ({reason}); give --coordinator, '
+        '--num_processes and --process_id, or --num_processes=1 to train alone.'
+      ) from error
+  return None
 
 
 def is_primary() -> bool:
@@ -149,9 +213,9 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def shard(array: np.ndarray) -> jax.Array:
-  """Splits an array along its first axis over the local devices, whose number must divide its length."""
-  return jax.device_put(array, NamedSharding(_local_mesh(), PartitionSpec(AXIS)))
+def shard(tree: Any) -> Any:
+  """Splits arrays along their first axes over the local devices, whose number must divide their lengths."""
+  return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec(AXIS)))
 
 
 def previous_example(x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cnn_jax import UsageError, calibration, command, distribute, metrics, models, parts
+from cnn_jax import UsageError, calibration, command, distribute, metrics, models, parts, peers
 from cnn_jax import config as config_lib
 from cnn_jax.data import Split
-from cnn_jax.data.augment import Statistics, normalize
+from cnn_jax.data.augment import Statistics, centre_crop, input_shape, normalize
 from cnn_jax.data.geometry import translate
+from cnn_jax.data.lazy import read_ahead
+
+_BATCH_BYTES = 2**25  # of the images that are read at a time
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'statistics'))
@@ -39,7 +42,7 @@ def eval_step(model: nn.Module, variables: Any, images: jax.Array, statistics: S
   Returns:
     float32 (batch, num_classes).
   """
-  return _in_chunks(lambda images: models.infer(model, variables, normalize(images, statistics))[0], images)
+  return _in_chunks(lambda images: models.infer(model, variables, normalize(images, statistics))[0], images, statistics)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'statistics', 'padding'))
@@ -52,7 +55,7 @@ def view_step(
   shift: jax.Array | None,
   padding: str,
 ) -> jax.Array:
-  """Computes the log-probabilities of one batch after mirroring and shifting.
+  """Computes the log-probabilities of one batch after mirroring and shifting the network's input.
 
   Args:
     model, variables, images, statistics: as `eval_step`.
@@ -65,12 +68,13 @@ def view_step(
   """
 
   def log_probabilities(images):
+    images = centre_crop(images, statistics)
     view = jnp.where(mirror, images[:, :, ::-1], images)
     if shift is not None:
       view = translate(view, jnp.broadcast_to(shift, (len(images), 2)), 1, padding)
     return jax.nn.log_softmax(models.infer(model, variables, normalize(view, statistics))[0])
 
-  return _in_chunks(log_probabilities, images)
+  return _in_chunks(log_probabilities, images, statistics)
 
 
 def chunk_size(batch_size: int, num_pixels: int) -> int:
@@ -83,7 +87,7 @@ def chunk_size(batch_size: int, num_pixels: int) -> int:
 
   Args:
     batch_size: images.
-    num_pixels: of an image.
+    num_pixels: of the network's input.
   """
   most = parts.FORWARD if num_pixels >= parts.PIXELS else 64
   if jax.default_backend() != 'cpu' or jax.device_count() > 1 or jax.__version_info__ < (0, 11) or batch_size <= most:
@@ -91,10 +95,11 @@ def chunk_size(batch_size: int, num_pixels: int) -> int:
   return next((size for size in range(most, most // 4 - 1, -1) if batch_size % size == 0), most)
 
 
-def _in_chunks(function: Callable[[jax.Array], jax.Array], images: jax.Array) -> jax.Array:
+def _in_chunks(function: Callable[[jax.Array], jax.Array], images: jax.Array, statistics: Statistics) -> jax.Array:
   """Applies a function of a batch chunk by chunk."""
   n = len(images)
-  size = chunk_size(n, images.shape[1] * images.shape[2])
+  height, width, _ = input_shape(images.shape[1:], statistics)
+  size = chunk_size(n, height * width)
   if size == n:
     return function(images)
   padded = jnp.pad(images, [(0, -n % size)] + [(0, 0)] * (images.ndim - 1))
@@ -154,7 +159,8 @@ def compute_logits(
   Args:
     model: the network.
     variables: `{'params', 'batch_stats'}`.
-    images: uint8 (n, height, width, channels), n >= 0; an array, or an object that returns an array for a slice.
+    images: uint8 (n, height, width, channels), n >= 0; an array, or an object with that shape that returns an array for
+      a slice.
     statistics: of the network's input; see `config.statistics`.
     batch_size: images per call over all devices, rounded up to a multiple of their number. The last batch is padded,
       and the logits of the padding are dropped.
@@ -166,17 +172,46 @@ def compute_logits(
   """
   processes, devices = jax.process_count(), jax.local_device_count()
   # A batch larger than the split would consist of padding.
-  size = min(-(-batch_size // processes), max(1, -(-len(images) // processes)))
+  size = min(-(-most_at_a_time(images, batch_size) // processes), max(1, -(-len(images) // processes)))
   size = -(-size // devices) * devices
   share = -(-len(images) // processes)
   first, end = jax.process_index() * share, min((jax.process_index() + 1) * share, len(images))
   logits = np.zeros((share, model.num_classes), np.float32)
-  for start in range(first, end, size):
-    batch = np.asarray(images[start : min(start + size, end)])
-    padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-    result = _batch_logits(model, variables, distribute.shard(padded), statistics, views)
-    logits[start - first : start - first + len(batch)] = np.asarray(result)[: len(batch)]
+  for start, batch in _read_batches(images, range(first, end, size), end):
+    if len(batch) < size:
+      batch = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+    result = _batch_logits(model, variables, distribute.shard(batch), statistics, views)
+    count = min(size, end - start)
+    logits[start - first : start - first + count] = np.asarray(result)[:count]
   return distribute.gather(logits)[: len(images)]
+
+
+def most_at_a_time(images: Any, batch_size: int) -> int:
+  """The images of a batch of evaluation: fewer than it should have if they are read and many would fill the memory.
+
+  Args:
+    images: see `compute_logits`.
+    batch_size: `config.evaluation.batch_size`.
+  """
+  if isinstance(images, np.ndarray):
+    return batch_size
+  # A multiple of 20, so that `chunk_size` is the same as for the usual batches.
+  return min(batch_size, max(20, _BATCH_BYTES // max(1, int(np.prod(images.shape[1:]))) // 20 * 20))
+
+
+def _read_batches(images: Any, starts: range, end: int) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields the start of each batch and its images; if they must be read, a thread reads the next one in the meantime."""
+
+  def read(start: int) -> tuple[int, np.ndarray]:
+    return start, np.asarray(images[start : min(start + starts.step, end)])
+
+  batches = map(read, starts) if isinstance(images, np.ndarray) else read_ahead(starts, read, ahead=1, group=1)
+  while True:
+    with peers.deadline('Reading images to evaluate'):
+      batch = next(batches, None)
+    if batch is None:
+      return
+    yield batch
 
 
 def _batch_logits(

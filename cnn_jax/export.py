@@ -4,11 +4,11 @@
     python -m cnn_jax.export --workdir=RUN --output=model.onnx
 
 Both formats map uint8 images (batch, height, width, channels), a batch of any size, to float32 probabilities
-(batch, classes); the normalisation is inside. `resize` and `drawing` in the description say how `cnn_jax.predict`
-brings a picture of another size to that of the images: see `config.data.resize` and `cnn_jax.data.drawings`. Both
-formats compute in float32 at full precision on every device, as predict and evaluate do. A run in
-bfloat16 is exported without that rounding, so its probabilities differ slightly from those of the run itself. The same
-run gives the same bytes.
+(batch, classes). The normalisation is inside, and so is the centre crop of a run with `config.data.canvas_size`, whose
+images have that size. `resize` and `drawing` in the description say how `cnn_jax.predict` brings a picture of another
+size to that of the images: see `config.data.resize` and `cnn_jax.data.drawings`. Both formats compute in float32 at full
+precision on every device, as predict and evaluate do. A run in bfloat16 is exported without that rounding, so its
+probabilities differ slightly from those of the run itself. The same run gives the same bytes.
 
 `model.stablehlo` is an uncompressed ZIP archive of two members; nothing in it is pickled:
 

@@ -29,11 +29,12 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   config.adapt_to_data = False  # smaller batches, another rate and warm-up for a small set; see small_sets.py
 
   config.data = data = ConfigDict()
-  data.source = 'auto'  # tfds | folder | bundled | auto (prepared TFDS set, else bundled)
+  data.source = 'auto'  # tfds | folder | tar | bundled | auto (prepared TFDS set, else bundled)
   data.name = 'mnist'  # TFDS name, or the bundled set: mnist | digits
-  data.dir = ''  # the image folder, or the TFDS data directory ('': $TFDS_DATA_DIR)
-  data.table = ''  # CSV file of paths below `dir` (by default its own folder), labels and, if wanted, splits
+  data.dir = ''  # the image folder, that of the tar files, or the TFDS data directory ('': $TFDS_DATA_DIR)
+  data.table = ''  # CSV or Parquet file of paths below `dir` (by default its own folder), labels and, if wanted, splits
   data.image_size = 0  # pixels a side of the model's input (0: as the set has it)
+  data.canvas_size = 0  # pixels a side of the decoded images, whose centre is the input (0: image_size)
   data.channels = 0  # 1 grey, 3 RGB (0: as the set has it)
   data.resize = 'crop'  # other sizes: crop (shorter side, centre) | pad (letterbox) | stretch
   data.bit_depth = 0  # of the levels of 16-bit files: 8 | 10 | 12 | 14 | 16 (0: the fewest that hold those of the set)
@@ -42,10 +43,14 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   data.on_bad_image = 'error'  # images that cannot be read: error | skip (leave them out, and list them in the record)
   data.validation = 0.1  # part of train held out for selection
   data.test = 0.1  # part held out for the test if the set has no test split of its own
+  data.resident = 'auto'  # training images in memory: always | never (read during training) | auto (if they fit)
+  data.megabytes = 4000  # of decoded images that fit into memory
+  data.workers = 0  # processes that read images during training, for more than about 16 cores; 0: threads
   data.sampling = 'uniform'  # of an epoch: uniform (each image once) | balanced (each class equally often)
   data.split_seed = 0  # of the rule that carves them out; not `seed`, so that all seeds share a split
 
   config.augment = augment = ConfigDict()
+  augment.image_size = 0  # pixels a side of the input in training, sampled from the decoded images (0: data.image_size)
   augment.shift = 0  # random translation by up to this many pixels each way
   augment.padding = 'constant'  # of the pixels that move in: constant (the level of the corners) | reflect
   augment.flip = False  # mirror left-right with probability 1/2
@@ -71,6 +76,9 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   optimizer.b2 = 0.999  # adamw and lion
   optimizer.weight_decay = 5e-3  # decoupled, times the learning rate; kernels only
   optimizer.clip_norm = 0.0  # largest global gradient norm; 0: off
+  optimizer.accumulate_steps = (
+    1  # parts of a batch, one after another: less memory; batch norm normalises each by itself
+  )
   optimizer.stage_rates = ()  # factors of the rate of the last stages, the head's last; earlier ones have the first
 
   config.fine_tuning = tuning = ConfigDict()  # of weights from `init_from`
@@ -115,11 +123,13 @@ RULES: dict[str, Any] = {
   'seeds': 'positive',
   'batch_size': 'positive',
   'epochs': 'positive',
-  'data.source': ('auto', 'tfds', 'folder', 'bundled'),
+  'data.source': ('auto', 'tfds', 'folder', 'tar', 'bundled'),
   'data.resize': ('crop', 'pad', 'stretch'),
   'data.channels': (0, 1, 3),
   'data.bit_depth': (0, 8, 10, 12, 14, 16),
   'data.on_bad_image': ('error', 'skip'),
+  'data.resident': ('auto', 'always', 'never'),
+  'data.megabytes': 'positive',
   'data.sampling': ('uniform', 'balanced'),
   'data.validation': 'below one',
   'data.test': 'below one',
@@ -135,6 +145,7 @@ RULES: dict[str, Any] = {
   'optimizer.learning_rate': 'positive',
   'optimizer.momentum': 'below one',
   'optimizer.b2': 'below one',
+  'optimizer.accumulate_steps': 'positive',
   'schedule.name': ('constant', 'cosine', 'one_cycle', 'linear'),
   'loss.label_smoothing': 'below one',
   'evaluation.batch_size': 'positive',

@@ -53,7 +53,7 @@ def find_boundary(
     config: of the run.
     model: from `models.create`.
     num_train: training images.
-    image_shape: (height, width, channels).
+    image_shape: (height, width, channels) of the network's input.
     epochs: of the run.
   """
   if not (config.model.frozen_stages and config.fine_tuning.views):
@@ -160,9 +160,10 @@ def compute_maps(
   mine = wanted[jax.process_index() * share : (jax.process_index() + 1) * share]
   is_probed = np.isin(wanted, probed)
   # On a CPU the maps of more images leave the caches.
-  per_device = parts.FORWARD if np.prod(split.images.shape[1:3]) >= parts.PIXELS else 64
+  shape = config_lib.input_shape(config, split.images.shape[1:])
+  per_device = parts.FORWARD if np.prod(shape[:2]) >= parts.PIXELS else 64
   size = min(per_device, -(-share // devices)) * devices
-  pooled = models.map_shapes(model, split.images.shape[1:])['pooled'].shape[1:]
+  pooled = models.map_shapes(model, shape)['pooled'].shape[1:]
   maps = distribute.empty((views, share, *(boundary.shape if boundary else (0,))), _DTYPE)
   features = np.empty((probed_views, share, *pooled), np.float32)
   counter, done = Counter('views of images', views * len(mine)), 0

@@ -74,7 +74,8 @@ def train_and_evaluate(
       seeds.write_start(config, workdir)
     for line in overview.lines(dataset):
       distribute.say(line)
-    distribute.say(inspect.summary(models.create(config.model, num_classes), image_shape))
+    input_shape = config_lib.input_shape(config, image_shape)
+    distribute.say(inspect.summary(models.create(config.model, num_classes), input_shape))
     train = seeds.train_seeds if config.seeds > 1 else seeds.train_one
     options = {'evaluate_test': evaluate_test, 'on_validation': on_validation, 'profile': profile}
     result = train(config, dataset, workdir, **options)
@@ -96,6 +97,7 @@ def main(argv: Sequence[str]) -> None:
   for name, seconds, what in (
     ('heartbeat', 20.0, 'of silence after which another process counts as lost'),
     ('join', 25.0, 'after which a process ends that does not find the others'),
+    ('stall', 300.0, 'that reading or writing may take while the other processes wait'),
   ):
     parser.add_argument(f'--{name}_seconds', type=float, default=seconds, help=f'{what} (default: {seconds:g})')
   args, overrides = parser.parse_known_args(argv)
@@ -106,7 +108,8 @@ def main(argv: Sequence[str]) -> None:
   command.prepare_backend()
   from cnn_jax import distribute, peers, workdirs
 
-  distribute.join(args.coordinator, args.num_processes, args.process_id, args.heartbeat_seconds, args.join_seconds)
+  limits = args.heartbeat_seconds, args.join_seconds, args.stall_seconds
+  distribute.join(args.coordinator, args.num_processes, args.process_id, *limits)
   with peers.together(command.outcome):
     # Only the first process writes, so only it needs a new place.
     new = workdirs.new_workdir if distribute.is_primary() else str

@@ -1,4 +1,4 @@
-"""Gradients from parts of a batch, one after another, so that what a part needs stays in the caches of a CPU."""
+"""Gradients from parts of a batch, one after another, so that what a part needs fits into the memory, or the caches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,12 @@ def count(batch_size: int, num_pixels: int, independent: bool) -> int:
 
 
 def gradient(
-  loss_function: Callable[[Any, Any], tuple[jax.Array, Any]], params: Any, examples: Any, parts: int
+  loss_function: Callable[[Any, Any], tuple[jax.Array, Any]],
+  params: Any,
+  examples: Any,
+  parts: int,
+  *,
+  interleaved: bool = False,
 ) -> tuple[Any, Any]:
   """The gradient of a mean loss over examples.
 
@@ -35,6 +40,8 @@ def gradient(
     params: of which the gradient is taken.
     examples: arrays (n, ...).
     parts: divides n. The means of parts of equal size have the mean of all as their mean, to the rounding error.
+    interleaved: whether a part holds every `parts`-th example in place of examples that follow one another. The parts of a
+      batch over several devices are then those of the same batch on one device.
 
   Returns:
     The gradient, and the sums.
@@ -42,7 +49,10 @@ def gradient(
   differentiate = jax.grad(loss_function, has_aux=True)
   if parts == 1:
     return differentiate(params, examples)
-  split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
+  if interleaved:
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), examples)
+  else:
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), examples)
   shapes = jax.eval_shape(differentiate, params, jax.tree.map(lambda x: x[0], split))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

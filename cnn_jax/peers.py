@@ -23,10 +23,12 @@ from cnn_jax import UsageError, signals
 
 HEARTBEAT_SECONDS = 20.0  # of silence after which a process counts as lost
 JOIN_SECONDS = 25.0  # after which a process ends that does not find the others
+STALL_SECONDS = 300.0  # that a disk may take, while other processes wait
 
 _PREFIX = 'cnn_jax'
 _DAY = 24 * 60 * 60 * 1000  # a wait that the heartbeat bounds, in milliseconds
 _CONTINUE = 'the same command continues from what was saved last'
+_NOTICE_SECONDS = 30.0  # after which a line says what is waited for
 
 
 class _Group:
@@ -37,11 +39,14 @@ class _Group:
     me: the number of this process.
     count: of processes.
     seconds: of silence after which a process counts as lost.
+    stall: see `deadline`.
   """
 
-  def __init__(self, client: Any, me: int, count: int, seconds: float):
-    self.client, self.me, self.count, self.seconds = client, me, count, seconds
-    self.calls = 0  # of `first`
+  def __init__(self, client: Any, me: int, count: int, seconds: float, stall: float):
+    self.client, self.me, self.count, self.seconds, self.stall = client, me, count, seconds, stall
+    self.calls = 0  # of `first` and `compare`
+    self.work: tuple[str, float] | None = None  # of the main thread, with a deadline, and since when
+    self.noticed = 0.0  # since when the work takes that a line was printed about
     self.done = False
     self.reason: tuple[int, str] | None = None  # status and line of a process that has ended
     now = time.monotonic()
@@ -93,6 +98,7 @@ class _Group:
       if now - last > 2.0:  # this process was stopped, or got no time: the others were not silent
         self.answered += now - last
         self.beats = {other: (beat, seen + now - last) for other, (beat, seen) in self.beats.items()}
+        self.work = self.work and (self.work[0], self.work[1] + now - last)
       last = now
       if self.reason is not None:
         time.sleep(1.0)  # most often this process ends for the same reason, and has its own line
@@ -100,6 +106,17 @@ class _Group:
       elif (lost := self.lost()) is not None:
         line = f'process {lost} has ended or does not answer; {_CONTINUE}.'
         signals.leave(signals.STOPPED, line)
+      elif work := self.work:
+        self._check(*work, now)
+
+  def _check(self, what: str, since: float, now: float) -> None:
+    """Ends the process if its work takes too long; says before that it takes long."""
+    if now - since > self.stall:
+      line = f'{what} has taken more than {self.stall:g} s, which --stall_seconds sets; {_CONTINUE}.'
+      signals.leave(signals.STOPPED, line)
+    if now - since > min(_NOTICE_SECONDS, self.stall / 4) and self.noticed != since:
+      self.noticed = since
+      _notice(f'{what} has taken {now - since:.0f} s; the processes end after {self.stall:g} s.')
 
   def lost(self) -> int | None:
     """The number of a process that has been silent for too long."""
@@ -113,7 +130,7 @@ _group: _Group | None = None
 _abort: Any = None  # holds the function that the C library calls
 
 
-def connect(initialize: Callable[[], None], address: str, join: float, heartbeat: float) -> None:
+def connect(initialize: Callable[[], None], address: str, join: float, heartbeat: float, stall: float) -> None:
   """Connects this process to the others.
 
   Args:
@@ -121,6 +138,7 @@ def connect(initialize: Callable[[], None], address: str, join: float, heartbeat
     address: of process 0, for messages.
     join: seconds after which a process ends that does not find the others.
     heartbeat: seconds of silence after which a process counts as lost.
+    stall: see `deadline`.
   """
   global _group, _abort
   unmet = (
@@ -145,7 +163,8 @@ def connect(initialize: Callable[[], None], address: str, join: float, heartbeat
 
   if global_state.num_processes == 1:
     return
-  _group = abort.group = _Group(global_state.client, global_state.process_id, global_state.num_processes, heartbeat)
+  state = global_state
+  _group = abort.group = _Group(state.client, state.process_id, state.num_processes, heartbeat, stall)
   signals.before_exit(_group.tell)
   _group.start()
 
@@ -180,11 +199,16 @@ def compare(find: Callable[[], Mapping[str, Any]]) -> None:
   group = _group
   if group is None:
     return
-  name, mine = f'{_PREFIX}/facts', json.dumps(dict(find()), sort_keys=True)
+  group.calls += 1
+  name, mine = f'{_PREFIX}/facts/{group.calls}', json.dumps(dict(find()), sort_keys=True)
   group.client.key_value_set(f'{name}/{group.me}', mine)
+  notice = threading.Timer(_NOTICE_SECONDS, _notice, ['waiting for the other processes, which still read the data.'])
+  notice.daemon = True
+  notice.start()
   expected, *others = (
     json.loads(group.client.blocking_key_value_get(f'{name}/{other}', _DAY)) for other in range(group.count)
   )
+  notice.cancel()
   for number, found in enumerate(others, 1):
     for fact in sorted({*expected, *found}):
       ours, theirs = (values.get(fact, 'missing') for values in (expected, found))
@@ -193,6 +217,27 @@ def compare(find: Callable[[], Mapping[str, Any]]) -> None:
           f'{fact} is {theirs!r} in process {number} and {ours!r} in process 0; '
           'start all processes with the same command, on the same data.'
         )
+
+
+@contextlib.contextmanager
+def deadline(what: str) -> Iterator[None]:
+  """In this block, in the main thread, a process reads or writes while others wait for it; if it takes too long, all end.
+
+  Their heartbeats go on while a process waits for a disk that does not answer, so they prove nothing. After 30 s a line
+  says what takes so long. After `--stall_seconds` the process ends with status 143 and a line, and so do the others. A
+  process that is alone waits.
+
+  Args:
+    what: of the line, such as 'Reading images'.
+  """
+  if (group := _group) is None:
+    yield
+    return
+  before, group.work = group.work, (what, time.monotonic())
+  try:
+    yield
+  finally:
+    group.work = before
 
 
 @contextlib.contextmanager
@@ -222,6 +267,11 @@ def _end(group: _Group, error: BaseException, ended: tuple[int, str] | None) -> 
     while time.monotonic() < end:
       time.sleep(0.1)
   signals.claim(*(ended or (1, f'{type(error).__name__}: {error}')))
+
+
+def _notice(line: str) -> None:
+  with contextlib.suppress(OSError, ValueError):
+    os.write(sys.stderr.fileno(), f'warning: {line}\n'.encode())
 
 
 class _Abort:

@@ -109,7 +109,7 @@ class Classifier:
         yield image, result if isinstance(result, UsageError) else next(rows)
 
   def read(self, image: Any) -> np.ndarray:
-    """Reads a picture as the network's input: uint8 (height, width, channels).
+    """Reads a picture as the images of the run are: uint8 (height, width, channels), the centre of which is used.
 
     Raises:
       UsageError: says why it cannot be read, without its name.
@@ -141,7 +141,8 @@ class Classifier:
       label: a class, by name or index; the predicted one if None.
 
     Returns:
-      float32 (height, width) of the maps whose averages the head reads. Its mean plus the head's bias is the logit.
+      float32 (height, width) of the maps whose averages the head reads, which cover `augment.centre_crop` of `read`. Its
+      mean plus the head's bias is the logit.
 
     Raises:
       UsageError: the network has no global average pooling, or there is no such class.
@@ -234,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _fitting_batch_size(run: Run) -> int:
   """Pictures per batch such that the largest output of a layer, in float32, takes at most `_BATCH_BYTES`."""
-  outputs = [layer.output for layer in inspect.layer_table(run.model, run.image_shape)]
+  outputs = [layer.output for layer in inspect.layer_table(run.model, run.input_shape)]
   largest = max(math.prod(shape) for shape in [run.image_shape, *outputs])
   return max(1, min(_BATCH_SIZE, _BATCH_BYTES // (4 * largest)))
 

@@ -17,9 +17,14 @@ import cnn_jax
 from cnn_jax import UsageError, environment, files, sinks, workdirs
 from cnn_jax import config as config_lib
 
-# Sections and fields that a resumed run may change: they determine what is recorded and where the data are, not what is
-# computed. The identity of the data is checked by itself.
-_FREE = ('log', 'checkpoint', 'data.dir', 'data.table')
+# Sections and fields that a resumed run may change: they determine what is recorded, where the data are and how they are
+# kept, and what is computed twice, not what is computed. The identity of the data is checked by itself.
+_FREE = (
+  *('log', 'checkpoint', 'data.dir', 'data.table', 'data.resident', 'data.megabytes', 'data.workers'),
+  'model.rematerialize',
+)
+# Of these, the fields in which the processes of a run may differ. Resident and streamed sets take their steps in other calls.
+_OWN = ('log.', 'checkpoint.', 'data.dir', 'data.table', 'data.workers')
 _LENGTH = ('epochs', 'min_steps')  # a run with a constant schedule may be continued
 
 _MAX_LOG_BYTES = 2**30  # of metrics.jsonl, about 5 million points
@@ -30,7 +35,7 @@ def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
   """Checks that a run can be started in a workdir, or continued there, with a config.
 
   A continued run must have the config that it was started with, except for the sections `log` and `checkpoint`, the place
-  of the data, and, if the schedule is constant, more epochs. A field that is newer than the run counts as its default.
+  of the data and how they are read, and, if the schedule is constant, more epochs. A field that is newer than the run counts as its default.
 
   Args:
     workdir: of the run; may not exist yet.
@@ -55,6 +60,12 @@ def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
     raise UsageError(
       f'config.{field} is {new!r}, but the run in {workdir} was started with {old!r}; use another --workdir.'
     )
+
+
+def shared_fields(config: ConfigDict) -> dict[str, Any]:
+  """The fields that all processes of a run must have in common, as JSON values by name, such as {'seed': 0}."""
+  fields = dict(config_lib.leaves(files.plain(config.to_dict())))
+  return {name: value for name, value in fields.items() if not name.startswith(_OWN)}
 
 
 def check_saved_config(workdir: str | os.PathLike, saved: Any, config: ConfigDict) -> None:
@@ -135,6 +146,7 @@ class Recorder:
   def __init__(self, workdir: str | os.PathLike, *, step: int, config: ConfigDict, primary: bool = True):
     self._workdir, self._step, self._config, self._primary = Path(workdir), step, config, primary
     self._sinks: list[Any] = []
+    self._place: tuple[int, int] | None = None
     self._written: set[tuple[int, str]] = set()
 
   def __enter__(self) -> Self:
@@ -142,6 +154,7 @@ class Recorder:
       self._written = remove_later_points(self._workdir, self._step)
       try:
         with workdirs.writing(self._workdir):
+          self._place = workdirs.place(self._workdir)
           self._sinks.append(sinks.JsonLines(self._workdir))
           if self._config.log.tensorboard:
             self._sinks.append(sinks.TensorBoard(self._workdir, self._step))
@@ -178,8 +191,17 @@ class Recorder:
         sink.append(step, epoch, split, values, timing or {})
 
   def sync(self) -> None:
-    """Puts all points on the disk. Call it before saving a checkpoint, whose record must not lose points."""
+    """Puts all points on the disk. Call it before saving a checkpoint, whose record must not lose points.
+
+    Raises:
+      UsageError: the workdir is no longer where it was, so that a checkpoint would be saved without the others.
+    """
     with workdirs.writing(self._workdir):
+      if self._primary and workdirs.place(self._workdir) != self._place:
+        raise UsageError(
+          f'the workdir {self._workdir} was moved or its disk was removed; bring it back, and the same command continues '
+          'from what was saved last.'
+        )
       for sink in self._sinks:
         sink.sync()
 

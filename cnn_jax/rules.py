@@ -150,6 +150,39 @@ def check_statistics(config_data: Any, channels: int) -> None:
     )
 
 
+def check_sizes(config: ConfigDict) -> None:
+  """Checks the sizes of the decoded images and of the network's input.
+
+  Args:
+    config: complete.
+
+  Raises:
+    UsageError: the input, in evaluation or in training, is larger than the decoded images or has a size while they have
+      none, or frozen stages are to keep maps of two sizes.
+  """
+  size, canvas, training = config.data.image_size, config.data.canvas_size, config.augment.image_size
+  for name, value in (('data.canvas_size', canvas), ('augment.image_size', training)):
+    if value and not size:
+      raise UsageError(
+        f"config.{name} is {value} but config.data.image_size is 0; set it to the pixels a side of the network's input."
+      )
+  if 0 < canvas < size:
+    raise UsageError(
+      f"config.data.canvas_size is {canvas} and config.data.image_size {size}, but the network's input is cut out of the "
+      f'canvas; make the canvas at least {size}, or 0.'
+    )
+  if training > (canvas or size):
+    raise UsageError(
+      f'config.augment.image_size is {training} but images are decoded to {canvas or size} pixels a side; make '
+      f'config.data.canvas_size at least {training}.'
+    )
+  if training not in (0, size) and config.model.frozen_stages and config.fine_tuning.views:
+    raise UsageError(
+      f'config.augment.image_size is {training} and config.data.image_size {size}, but the maps that '
+      'config.fine_tuning.views keeps have one size; set config.augment.image_size or config.fine_tuning.views to 0.'
+    )
+
+
 def _numbers(value: Any) -> list[int | float]:
   values = value if isinstance(value, tuple | list) else [value]
   return [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]

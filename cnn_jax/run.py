@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnn_jax import UsageError, checkpoint, foreign, hub, models, published, record, rules
+from cnn_jax import config as config_lib
 from cnn_jax.data import MAX_CLASSES, MAX_NAME, Dataset, identity, images, load_dataset
 
 _MAX_TEXT = 10_000  # characters of the name of a data set
@@ -25,7 +26,7 @@ class Run:
   model: nn.Module
   variables: Any  # {'params', 'batch_stats'}, numpy arrays
   class_names: tuple[str, ...]
-  image_shape: tuple[int, int, int]  # height, width, channels of the model's input
+  image_shape: tuple[int, int, int]  # height, width, channels of the images, whose centre may be the model's input
   dataset: str  # the name of what it was trained on
   step: int  # updates behind `variables`
   drawing: dict[str, Any] | None  # how the training images lie in their frame; see `drawings.measure`
@@ -35,6 +36,11 @@ class Run:
   folder_names: tuple[
     str, ...
   ] = ()  # other names of the classes, which folders of images may have: WordNet identifiers
+
+  @property
+  def input_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the model's input."""
+    return config_lib.input_shape(self.config, self.image_shape)
 
 
 def load_run(workdir: str | os.PathLike, which: str = 'last') -> Run:
@@ -200,7 +206,7 @@ def _check_shapes(config: Any, info: Mapping[str, Any], shapes: Any, workdir: st
     rules.check_statistics(config.data, info['image_shape'][2])
     model = models.create(config.model, len(info['class_names']))
     with nn.intercept_methods(_limit_calls(100 + 4 * count)):
-      expected = models.init_shapes(model, info['image_shape'])
+      expected = models.init_shapes(model, config_lib.input_shape(config, info['image_shape']))
   except UsageError:
     raise
   except Exception as error:  # whatever Flax and JAX raise for numbers that make no network

@@ -1,14 +1,16 @@
 """When the state of a run is validated and saved, and what must hold before it is kept."""
 
+import concurrent.futures
+import copy
 import math
 import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+import numpy as np
 
-from cnn_jax import checkpoint, distribute, peers
+from cnn_jax import checkpoint, distribute, evaluate, peers
 from cnn_jax.data import Dataset, Split, drawings
 from cnn_jax.metrics import diverged
 
@@ -80,12 +82,16 @@ def check_score(split: str, measured: Mapping[str, float], step: int) -> None:
 
 def sample(config: Any, dataset: Dataset) -> Split:
   """Training images that check a state which is not validated; as many as a batch of the test, which is compiled."""
-  count = min(config.evaluation.batch_size, len(dataset.test) or len(dataset.train))
-  return Split(dataset.train.images[:count], dataset.train.labels[:count])
+  most = evaluate.most_at_a_time(dataset.test.images, config.evaluation.batch_size)
+  count = min(most, len(dataset.test) or len(dataset.train))
+  return Split(np.asarray(dataset.train.images[:count]), dataset.train.labels[:count])
 
 
 class Saver:
-  """Saves the state of a run from time to time; in process 0, whose success all processes wait for.
+  """Saves the state of a run from time to time; in process 0.
+
+  Training waits for a copy of the state in the memory of the host. A thread writes it; one copy is kept at a time. If a
+  write fails, the next call of a method raises its error, which ends the other processes as well.
 
   Args:
     directory: of the checkpoints.
@@ -95,7 +101,9 @@ class Saver:
 
   def __init__(self, directory: str | os.PathLike, config_checkpoint: Any, *, save_best: bool = False):
     self._directory, self._config, self._save_best = directory, config_checkpoint, save_best
-    self._saved, self._seconds = time.perf_counter(), 0.0  # the end and the duration of the last save
+    self._saved, self._seconds = time.perf_counter(), 0.0  # the time of the last save, and how long it took
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, 'saving')
+    self._writing: concurrent.futures.Future[None] | None = None
 
   def wanted(self, step: int, epoch: int | None, info: Mapping[str, Any]) -> bool:
     """Whether to save now. Only the answer of process 0 counts, since it depends on the clock.
@@ -104,22 +112,57 @@ class Saver:
       step: steps done.
       epoch: the number of epochs done, if one has just ended.
       info: of the checkpoint; see `with_score`.
+
+    Raises:
+      UsageError: the last save has failed.
     """
+    writing = self._writing is not None and not self._writing.done()
+    if not writing:
+      self._finish()
     waited, best = time.perf_counter() - self._saved, info.get('best_step') == step
     if waited > 60 * self._config.every_minutes or (best and self._save_best):
       return True
     if epoch is None or epoch % self._config.every_epochs:
       return False
     # Of tiny epochs only some are saved, but always the best.
-    return waited * _SHARE >= self._seconds or best
+    return best or (not writing and waited * _SHARE >= self._seconds)
 
-  def save(self, step: int, state: Any, info: Mapping[str, Any]) -> None:
-    """Saves; see `checkpoint.save`. All processes must call it together."""
-    started = time.perf_counter()
-    keep = self._config.keep
-    peers.first(lambda: checkpoint.save(self._directory, step, jax.device_get(state), info=info, keep=keep))
-    self._saved = time.perf_counter()
-    self._seconds = self._saved - started
+  def save(self, step: int, state: Any, info: Mapping[str, Any], *, wait: bool) -> None:
+    """Saves; see `checkpoint.save`. All processes must call it together.
+
+    Args:
+      step, state, info: of the checkpoint. They may change when this returns.
+      wait: whether to return, in all processes, only after the checkpoint is on the disk.
+
+    Raises:
+      UsageError: this save has failed, or the one before.
+      Diverged: the state is not finite; it is not saved.
+    """
+    if distribute.is_primary():
+      self._finish()
+      self._saved = time.perf_counter()
+      arrays = checkpoint.copy(step, state)
+      self._writing = self._pool.submit(self._write, self._saved, step, arrays, copy.deepcopy(dict(info)))
+      del arrays  # the memory of the copy is free as soon as it is written
+    if wait:
+      peers.first(self._finish)
+
+  def close(self) -> None:
+    """Waits until nothing is written any more; an error of the last write is not raised."""
+    self._pool.shutdown(wait=True)
+
+  def _write(self, started: float, step: int, arrays: Any, info: Mapping[str, Any]) -> None:
+    try:
+      checkpoint.save(self._directory, step, arrays, info=info, keep=self._config.keep)
+    finally:
+      self._saved = time.perf_counter()
+      self._seconds = self._saved - started
+
+  def _finish(self) -> None:
+    """Waits for the write, and raises its error once."""
+    writing, self._writing = self._writing, None
+    if writing is not None:
+      writing.result()
 
 
 def first_notes(dataset: Dataset) -> dict[str, Any]:
@@ -165,7 +208,7 @@ def result(
 
   Args:
     config, dataset: of the run.
-    made: `train.Setup`.
+    made: `plan.Plan`.
     step: steps done.
     num_parameters: of the network.
     info: the notes of the last checkpoint, or those that `restore_best` returned.

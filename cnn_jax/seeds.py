@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import cnn_jax
 from cnn_jax import Diverged, Stopped, checkpoint, command, distribute, files, peers, record, train, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, identity
@@ -32,7 +33,8 @@ def train_one(config: Any, dataset: Dataset, workdir: str | os.PathLike, **optio
     adapted, _ = config_lib.adapt(config, len(dataset.train))
     result |= {'batch_size': adapted.batch_size, 'learning_rate': adapted.optimizer.learning_rate}
   if distribute.is_primary():
-    record.write_result(workdir, result)
+    with peers.deadline('Writing the result'):
+      record.write_result(workdir, result)
   finish(config, workdir, lambda: dataset, tested)
   return result
 
@@ -156,9 +158,8 @@ def facts(config: Any, dataset: Dataset) -> dict[str, Any]:
     config: of the run.
     dataset: that this process has found.
   """
-  fields = dict(config_lib.leaves(files.plain(config.to_dict())))
-  free = ('log.', 'checkpoint.', 'data.dir', 'data.table')  # a file may have another name on another machine
-  found = {f'config.{name}': value for name, value in fields.items() if not name.startswith(free)}
+  found = {f'config.{name}': value for name, value in record.shared_fields(config).items()}
+  found |= {'the version of cnn_jax': cnn_jax.__version__, 'the version of JAX': jax.__version__}
   identified = identity.identify(dataset)
   for name, classes in identified['splits'].items():
     digest = hashlib.sha256(repr(classes).encode()).hexdigest()[:12]

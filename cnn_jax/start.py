@@ -1,5 +1,7 @@
 """How a run starts: from its newest checkpoint, from the weights of another run, or from random weights."""
 
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -9,7 +11,7 @@ import optax
 
 from cnn_jax import checkpoint, command, distribute, files, frozen, saving, weights
 from cnn_jax.data import Dataset, identity
-from cnn_jax.record import check_saved_config
+from cnn_jax.record import check_saved_config, shared_fields
 from cnn_jax.state import VIEWS, TrainState, create_state
 
 
@@ -47,13 +49,30 @@ def restore(
   return state, step, {**identities, 'trained_images': info.pop('timed_images', 0)} | info  # its name in version 0.1
 
 
+def facts(step: int, config: Any, dataset: Dataset) -> dict[str, Any]:
+  """What all processes of a run must have in common after one of them has restored the state; see `peers.compare`.
+
+  Args:
+    step: updates behind the state.
+    config: of the run, adapted to the data.
+    dataset: that this process has found.
+  """
+  shared = json.dumps(shared_fields(config), sort_keys=True)
+  return {
+    'the step': step,
+    'the hash of the config': hashlib.sha256(shared.encode()).hexdigest()[:12],
+    'the fingerprint of the data': identity.identify(dataset)['sha256'][:12],
+    'the number of devices': jax.local_device_count(),
+  }
+
+
 def from_frozen_stages(
   made: Any, state: TrainState, step: int, dataset: Dataset, config: Any
 ) -> tuple[np.ndarray | None, TrainState]:
   """The maps that are kept of the frozen stages, and the state, whose head is a linear probe if the config asks for one.
 
   Args:
-    made: `train.Setup`.
+    made: `plan.Plan`.
     state: on the devices, the same in all processes.
     step: updates behind the state; only a new run gets a probe.
     dataset: to train on.

@@ -15,7 +15,7 @@ from cnn_jax.run import load_run
 
 Levels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation
 # Fields of `config.model` that change how a network is trained, but not which network it is.
-_TRAINING = ('dropout', 'drop_path', 'norm_momentum', 'fixed_statistics', 'frozen_stages', 'dtype')
+_TRAINING = ('dropout', 'drop_path', 'norm_momentum', 'fixed_statistics', 'frozen_stages', 'rematerialize', 'dtype')
 
 
 def statistics_of(config: Any) -> Levels | None:

@@ -74,6 +74,15 @@ def seed_workdir(workdir: str | os.PathLike, seed: int) -> Path:
   return Path(workdir) / f'seed_{seed:05}'
 
 
+def place(workdir: str | os.PathLike) -> tuple[int, int] | None:
+  """What tells a workdir from another one that has its path later; None if there is no such directory."""
+  try:
+    found = os.stat(workdir)
+  except (FileNotFoundError, NotADirectoryError):
+    return None
+  return found.st_dev, found.st_ino
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
   """Turns errors of the file system inside the block into one that names a path.

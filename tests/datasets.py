@@ -1,6 +1,8 @@
 """Small data sets on disk for tests, and settings that load them."""
 
+import io
 import json
+import tarfile
 
 from PIL import Image
 
@@ -28,6 +30,25 @@ def make_folder(root, splits=('train', 'test'), count=30):
       for i in range(count):
         write(root / split / name / f'{i:02}.png', 100 * s + 50 * c + i)
   return root
+
+
+def make_tar(path, members, **fields):
+  """Writes a tar file. `members` are pairs of a name or a `TarInfo` and bytes; `fields` are those of `tarfile.open`."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, 'w', **fields) as archive:
+    for name, data in members:
+      member = tarfile.TarInfo(name) if isinstance(name, str) else name
+      if member.isreg():
+        member.size = len(data)
+      archive.addfile(member, io.BytesIO(data))
+  return path
+
+
+def png(level=0, size=(4, 4), mode='L'):
+  """A PNG file of one level."""
+  stream = io.BytesIO()
+  Image.new(mode, size, level if mode == 'L' else (level, 0, 0)).save(stream, 'PNG')
+  return stream.getvalue()
 
 
 def contents(split):
@@ -61,8 +82,11 @@ def _example(image, label):
   return _field(1, b''.join(entries))
 
 
-def make_tfds(root, splits, name='toy', size=4):
-  """Writes a prepared TFDS set. `splits` maps a split to its labels; image i of split s has the level 60 s + i."""
+def make_tfds(root, splits, name='toy', size=4, images=None):
+  """Writes a prepared TFDS set.
+
+  `splits` maps a split to its labels; image i of split s has the level 60 s + i, or is `images[split][i]`.
+  """
   from array_record.python import array_record_module
 
   directory = root / name / '1.0.0'
@@ -71,8 +95,7 @@ def make_tfds(root, splits, name='toy', size=4):
     file = directory / f'{name}-{split}.array_record-00000-of-00001'
     writer = array_record_module.ArrayRecordWriter(str(file), 'group_size:1')
     for i, label in enumerate(labels):
-      Image.new('L', (size, size), 60 * s + i).save(root / 'one.png')
-      writer.write(_example((root / 'one.png').read_bytes(), label))
+      writer.write(_example(images[split][i] if images else png(60 * s + i, (size, size)), label))
     writer.close()
   feature = 'tensorflow_datasets.core.features.'
   shape = {'dimensions': [str(size), str(size), '1']}

@@ -8,8 +8,9 @@ import sys
 import jax
 import numpy as np
 
-from cnn_jax import config, distribute, evaluate, train
+from cnn_jax import config, distribute, evaluate, plan, train
 from cnn_jax.data import Split, feed
+from cnn_jax.state import eval_variables
 from tests.helpers import LEVELS
 from tests.networks import SIDES, SMALL
 
@@ -43,14 +44,15 @@ def results(name):
   random = np.random.default_rng(0)
   images = random.integers(0, 256, (200, SIDES[name], SIDES[name], 3), np.uint8)
   split = Split(images, random.integers(0, 10, 200).astype(np.int32))
-  made = train.setup(settings, len(split), 10, images.shape[1:])
+  made = plan.make_plan(settings, len(split), 10, images.shape[1:])
+  train_steps = train.compile_steps(made.step, settings.seed)
   examples = feed.Resident(split, settings.batch_size, settings.seed, made.capacity, settings.data.sampling)
   state, measured = distribute.replicate(made.state), {}
   # Of a deep network with small maps, more steps would magnify the differences of rounding.
   chunks = CHUNKS if name in SHALLOW else ((0, 0, 2),)
   for epoch, offset, count in chunks:
     indices = examples.indices(epoch, offset, count)
-    state, measured = made.train_steps(state, examples.images, examples.labels, indices, np.int32(count))
+    state, measured = train_steps(state, examples.images, examples.labels, indices, np.int32(count))
   for leaf in jax.tree.leaves(state):
     shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
     assert len(shards) == jax.local_device_count()
@@ -58,7 +60,7 @@ def results(name):
   found = {f'state{jax.tree_util.keystr(p)}': np.asarray(v) for p, v in jax.tree_util.tree_leaves_with_path(state)}
   found |= {f'measured/{name}': np.asarray(values)[: chunks[-1][2]] for name, values in measured.items()}
   for n in SIZES if name == THOROUGH else ():
-    found[f'logits/{n}'] = evaluate.compute_logits(made.model, train.eval_variables(state), images[:n], LEVELS, 8)
+    found[f'logits/{n}'] = evaluate.compute_logits(made.model, eval_variables(state), images[:n], LEVELS, 8)
   return found
 
 

@@ -26,17 +26,20 @@ ARROWS = {
     'workdirs',
   },
   'train': {
-    'command', 'config', 'data', 'distribute', 'evaluate', 'final_test', 'frozen', 'metrics', 'models', 'optim',
-    'parts', 'peers', 'progress', 'record', 'saving', 'signals', 'start', 'state',
+    'command', 'config', 'data', 'distribute', 'evaluate', 'final_test', 'frozen', 'memory', 'metrics', 'models', 'peers',
+    'plan', 'progress', 'record', 'saving', 'signals', 'start', 'state', 'step',
   },
+  'memory': {'distribute'},
+  'plan': {'config', 'data', 'frozen', 'models', 'optim', 'parts', 'state', 'step'},
+  'step': {'data', 'distribute', 'metrics', 'optim', 'parts', 'state'},
   'start': {'checkpoint', 'command', 'data', 'distribute', 'files', 'frozen', 'record', 'saving', 'state', 'weights'},
   'frozen': {'config', 'data', 'distribute', 'models', 'optim', 'parts', 'progress'},
-  'saving': {'checkpoint', 'data', 'distribute', 'metrics', 'peers'},
+  'saving': {'checkpoint', 'data', 'distribute', 'evaluate', 'metrics', 'peers'},
   'final_test': {'data', 'distribute', 'files', 'metrics', 'workdirs'},
   'evaluate': {
-    'calibration', 'command', 'config', 'data', 'distribute', 'metrics', 'models', 'parts', 'pictures', 'run',
+    'calibration', 'command', 'config', 'data', 'distribute', 'metrics', 'models', 'parts', 'peers', 'pictures', 'run',
   },
-  'run': {'checkpoint', 'data', 'foreign', 'hub', 'models', 'published', 'record', 'rules'},
+  'run': {'checkpoint', 'config', 'data', 'foreign', 'hub', 'models', 'published', 'record', 'rules'},
   'weights': {'foreign', 'hub', 'models', 'published', 'record', 'run'},
   'published': {'config', 'files', 'foreign', 'models'},
   'foreign': {'files', 'models', 'torch_files'},
@@ -52,12 +55,15 @@ ARROWS = {
     'run',
   },
   'export': {'command', 'config', 'data', 'files', 'jaxpr_to_onnx', 'models', 'run'},
-  'sweep': {'command', 'config', 'data', 'files', 'main', 'passwords', 'progress', 'record', 'tables', 'workdirs'},
+  'sweep': {'command', 'config', 'data', 'files', 'main', 'passwords', 'progress', 'record', 'shares', 'tables', 'workdirs'},
+  'launch': {'command', 'shares', 'signals'},
+  'shares': set(),
   'optim': set(),
   'parts': set(),
   'metrics': set(),
   'calibration': {'metrics'},
-  'checkpoint': {'command', 'files'},
+  'checkpoint': {'arrays', 'command', 'files'},
+  'arrays': set(),
   'record': {'config', 'environment', 'files', 'sinks', 'workdirs'},
   'workdirs': set(),
   'environment': {'passwords'},
@@ -74,7 +80,7 @@ ARROWS = {
   'compiled': set(),
   'models': {'ops'},
   'ops': set(),
-  'data': {'command', 'distribute', 'files', 'progress'},
+  'data': {'command', 'distribute', 'files', 'progress', 'signals'},
   'command': {'compiled', 'files', 'passwords', 'signals'},
   'files': set(),
   'progress': set(),
@@ -132,7 +138,7 @@ def test_the_arrows_have_no_cycle_and_each_is_used():
 
 
 def test_data_sources_do_not_import_each_other():
-  sources = {'tfds', 'folder', 'bundled'}
+  sources = {'tfds', 'folder', 'tar', 'bundled'}
   for name in sources:
     tree = ast.parse((PACKAGE / 'data' / f'{name}.py').read_text())
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}

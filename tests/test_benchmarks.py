@@ -15,11 +15,16 @@ from PIL import Image
 
 from benchmarks import peers, results
 from benchmarks.fine_tuning import run as fine_tuning
+from benchmarks.loader import pictures
+from benchmarks.loader import run as loader
 from benchmarks.many_seeds import run as many_seeds
 from benchmarks.mnist_speedrun import run as mnist_speedrun
+from benchmarks.saving import run as saving
 from benchmarks.scaling import run as scaling
 from benchmarks.start_up import run as start_up
 from cnn_jax import UsageError, config
+from cnn_jax.data import load_dataset
+from tests.datasets import contents
 from tests.helpers import call_command
 
 PEER = """
@@ -257,3 +262,56 @@ def test_start_up(digits_run, monkeypatch, tmp_path):
   assert seconds['import all'] >= max(seconds['import jax'], seconds['import flax'])
   # Only reports and data sources need these, so training imports them later.
   assert not {f'import {name}' for name in ('matplotlib', 'sklearn', 'tensorflow_datasets')} & set(seconds)
+
+
+@pytest.mark.faults
+def test_start_up_on_a_folder(tmp_path):
+  found = _run(
+    'start_up', tmp_path, '--repeats=1', '--files=40', '--config.model.features=(2,)', '--config.model.convs_per_block=1',
+    '--config.batch_size=8', '--config.log.tensorboard=False',
+  )['files']  # fmt: skip
+  assert [row['what'] for row in found['measurements']] == list(start_up.files.STARTS)
+  assert all(0.5 < row['seconds']['median'] < 120 for row in found['measurements'])
+  assert all(100 < row['peak_mb']['median'] < 4000 for row in found['measurements'])
+
+
+@pytest.mark.faults
+def test_loader(tmp_path):
+  found = _run('loader', tmp_path, '--images=64', '--rounds=1')
+  rows = {(row['program'], row['set'], row['cores']): row for row in found['measurements']}
+  assert {(name, of_set) for name, of_set, _ in rows} >= {
+    ('ours, Pillow', form) for form in ('folder', 'tar', 'ArrayRecord')
+  }
+  assert all(row['images_per_second']['median'] > 1 and 0.5 < row['cpu_ms']['median'] < 100 for row in rows.values())
+  assert 60 < found['file_kb'] < 140
+
+
+def test_the_pictures_of_the_loader_are_one_set_in_three_forms(monkeypatch, tmp_path):
+  monkeypatch.setattr(pictures, 'HEIGHT', 24)
+  monkeypatch.setattr(pictures, 'WIDTH', 32)
+  found = []
+  for fields in pictures.write(tmp_path / 'sets', 4).values():
+    data = config.default_config().data
+    data.update({'validation': 0.0, 'megabytes': 1} | fields)
+    found.append(contents(load_dataset(data).train))
+  assert len(found) == 3 and len(found[0]) == 4
+  assert found[0] == found[1] == found[2]
+
+
+def test_the_loader_is_compared_with_the_data_loader_on_as_many_cores():
+  def answers(*values):
+    return [{'images_per_second': 1e3 / value, 'cpu_ms': value} for value in values]
+
+  ours, theirs = loader._Asked('ours, Pillow', 'tar', 'tar'), loader._REFERENCE
+  rows = loader.summarize({(ours, 1): answers(2.0, 4.0), (theirs, 1): answers(4.0, 4.0), (ours, 2): answers(1.0, 1.0)})
+  assert [row['ratio'] for row in rows] == [1.5, 1.0, None]  # of 2 and 1; of itself; of nothing
+
+
+def test_saving(monkeypatch, tmp_path):
+  tiny = ({'batch_size': 8, 'model.features': (2,)}, (6, 6, 1), 2)
+  monkeypatch.setattr(saving, 'NETWORKS', {'tiny': tiny})
+  found = _run('saving', tmp_path, '--saves=1')
+  (row,) = found['measurements']
+  # Kernels and biases of the convolution, the norm and the head, with their momentum; running statistics; two counts.
+  assert row['megabytes'] * 1e6 == pytest.approx(4 * (2 * (3 * 3 * 2 + 2 * 2 + 2 * 10 + 10) + 2 * 2 + 2))
+  assert 0 < row['background']['stall_ms']['median'] < row['waits']['stall_ms']['median']

@@ -171,7 +171,7 @@ def test_killed_at_any_moment_of_a_save_leaves_a_whole_checkpoint(saved, tmp_pat
     watch(checkpoint.Path, 'rename')
     watch(checkpoint.Path, 'write_text')
     watch(checkpoint.shutil, 'rmtree')
-    watch(checkpoint, '_write_arrays')
+    watch(checkpoint.arrays, 'write')
     watch(checkpoint, '_sync_tree')
 
   found = set()

@@ -21,6 +21,8 @@ PARAMETERS = {
   'digits.py': ((8, 8, 1), 10, 65_834),
   'image_folder.py': ((32, 32, 3), 10, 373_834),
   'photographs.py': ((224, 224, 3), 5, 3_379_973),
+  'imagenet.py': ((256, 256, 3), 1000, 25_557_032),
+  'imagenet.py:fast': ((256, 256, 3), 1000, 25_557_032),
 }
 
 
@@ -81,7 +83,13 @@ def _unread(tmp_path, monkeypatch, config):
   Recording.read, Recording.paths = set(), {}
   ways = (
     {'data.source': 'folder', 'data.dir': str(pictures), 'optimizer.name': 'adamw', 'schedule.name': 'cosine'},
-    {'data.source': 'bundled', 'data.name': 'digits', 'data.dir': '', 'optimizer.name': 'muon'},
+    {
+      'data.source': 'bundled',
+      'data.name': 'digits',
+      'data.dir': '',
+      'optimizer.name': 'muon',
+      'data.resident': 'never',
+    },
     {'model.frozen_stages': 1, 'fine_tuning.views': 1},
   )
   for i, fields in enumerate(ways):
@@ -277,9 +285,9 @@ def test_the_config_fits_the_data():
 
 def test_statistics_have_a_default():
   config = default_config()
-  assert config_lib.statistics(config.data) == ((127.5,), (127.5,))
+  assert config_lib.statistics(config.data) == ((127.5,), (127.5,), 0)
   config.data.mean, config.data.std = (120, 110, 100), (60.5, 60, 60)
-  assert config_lib.statistics(config.data) == ((120.0, 110.0, 100.0), (60.5, 60.0, 60.0))
+  assert config_lib.statistics(config.data) == ((120.0, 110.0, 100.0), (60.5, 60.0, 60.0), 0)
 
 
 def test_the_warm_up_ends_before_the_training_of_the_data_at_hand():

@@ -4,8 +4,10 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cnn_jax.data import cache, decode, identity, images, load_dataset
+from cnn_jax import UsageError
+from cnn_jax.data import cache, decode, identity, images, jpeg, load_dataset
 from tests.datasets import make_folder, make_tfds, settings, write
 
 pytestmark = pytest.mark.usefixtures('offline')
@@ -91,12 +93,13 @@ def test_a_cache_that_cannot_be_written_is_not_needed(cached, tmp_path):
   assert cached()[1] == cached()[1] == 41
 
 
-def test_a_set_that_is_too_large_is_decoded_when_it_is_indexed(cached, monkeypatch):
+@pytest.mark.parametrize('limit', [{'resident': 'never'}, {'megabytes': 0}])
+def test_a_set_that_is_too_large_is_decoded_when_it_is_indexed(cached, monkeypatch, limit):
   whole, _ = cached(validation=0.2)
-  monkeypatch.setattr(decode, 'MAX_DECODED_BYTES', 10)
   monkeypatch.setenv('XDG_CACHE_HOME', '/dev/null')
-  lazy, calls = cached(validation=0.2, channels=1)
-  assert calls == 1
+  monkeypatch.setattr(decode, '_SAMPLE', 5)
+  lazy, calls = cached(validation=0.2, **limit)
+  assert calls == 6
   for split in ('train', 'validation', 'test'):
     images, expected = getattr(lazy, split).images, getattr(whole, split).images
     assert images.shape == expected.shape
@@ -109,11 +112,14 @@ def test_a_set_that_is_too_large_is_decoded_when_it_is_indexed(cached, monkeypat
     np.testing.assert_array_equal(getattr(lazy, split).labels, getattr(whole, split).labels)
 
 
-def test_a_lazy_tfds_set_equals_a_decoded_one(tmp_path, monkeypatch):
+def test_a_lazy_tfds_set_equals_a_decoded_one_and_its_labels_are_read_once(tmp_path, monkeypatch):
   root = make_tfds(tmp_path / 'tfds', {'train': [0, 1] * 20, 'test': [1, 0, 0]})
-  config_data = settings('tfds', name='toy', dir=str(root), channels=1)
+  config_data = settings('tfds', name='toy', dir=str(root))
   whole = load_dataset(config_data)
-  monkeypatch.setattr(decode, 'MAX_DECODED_BYTES', 10)
+  config_data.resident = 'never'
+  monkeypatch.setattr(decode, 'MIN_CACHED_SECONDS', -1)
+  load_dataset(config_data)
+  monkeypatch.setattr(decode, '_run', None)  # nothing is looked at again
   lazy = load_dataset(config_data)
   for split in ('train', 'validation', 'test'):
     assert isinstance(getattr(lazy, split).images, decode.LazyImages)
@@ -121,10 +127,65 @@ def test_a_lazy_tfds_set_equals_a_decoded_one(tmp_path, monkeypatch):
     np.testing.assert_array_equal(getattr(lazy, split).labels, getattr(whole, split).labels)
 
 
-def test_lazy_images_are_rgb_unless_channels_is_set(tmp_path, monkeypatch):
-  make_folder(tmp_path, count=3)
-  monkeypatch.setattr(decode, 'MAX_DECODED_BYTES', 10)
-  assert load_dataset(settings('folder', dir=str(tmp_path), validation=0.5)).test.images.shape[1:] == (4, 4, 3)
+def _splits(directory, **fields):
+  dataset = load_dataset(settings('folder', dir=str(directory), validation=0.5, **fields))
+  return [np.asarray(split.images) for split in (dataset.train, dataset.validation, dataset.test)]
+
+
+@pytest.mark.parametrize('colours', [0, 1, 30])
+def test_lazy_images_equal_decoded_ones_if_grey_coloured_or_mixed(tmp_path, colours):
+  make_folder(tmp_path, count=15)
+  for number in range(colours):
+    write(tmp_path / 'train' / ('cat', 'dog')[number % 2] / f'{number // 2:02}.png', 50 + number, mode='RGB')
+  for whole, lazy in zip(_splits(tmp_path), _splits(tmp_path, resident='never'), strict=True):
+    assert whole.shape[3] == (3 if colours else 1)
+    np.testing.assert_array_equal(lazy, whole)
+
+
+def test_a_colour_that_the_sample_lacks_is_an_error_that_says_what_to_set(tmp_path, monkeypatch):
+  make_folder(tmp_path, count=15)
+  monkeypatch.setattr(decode, '_SAMPLE', 4)
+  write(tmp_path / 'train' / 'cat' / '07.png', 50, mode='RGB')
+  with pytest.raises(UsageError, match=r'train/cat/07.png is in colour, but .* set config.data.channels=3'):
+    _splits(tmp_path, resident='never')
+  for channels in (1, 3):
+    for whole, lazy in zip(
+      _splits(tmp_path, channels=channels), _splits(tmp_path, channels=channels, resident='never'), strict=True
+    ):
+      np.testing.assert_array_equal(lazy, whole)
+  # If every image is looked at, colour is found.
+  assert _splits(tmp_path, resident='never', on_bad_image='skip')[0].shape[3] == 3
+
+
+def test_levels_of_lazy_images_are_those_of_decoded_ones(tmp_path):
+  for name in ('cat', 'dog'):
+    for number in range(9):
+      write(tmp_path / 'set' / name / f'{number}.png')
+      Image.fromarray(np.full((4, 4), 400 * number, np.uint16)).save(tmp_path / 'set' / name / f'{number}.png')
+  for whole, lazy in zip(_splits(tmp_path / 'set'), _splits(tmp_path / 'set', resident='never'), strict=True):
+    np.testing.assert_array_equal(lazy, whole)
+    assert whole.max() > 100
+
+
+def test_bad_images_of_a_lazy_set_are_looked_for_once(cached, tmp_path):
+  (tmp_path / 'pets' / 'train' / 'cat' / '03.png').write_bytes(b'')
+  for expected in (41, 2):  # the second start reads the first image alone, and the one that tells the size
+    dataset, calls = cached(resident='never', on_bad_image='skip')
+    assert calls <= expected
+    assert dataset.skipped == (('train/cat/03.png', 'is empty'),)
+    assert len(np.asarray(dataset.train.images)) == len(dataset.train)
+  write(tmp_path / 'pets' / 'train' / 'cat' / '03.png', 3)
+  dataset, calls = cached(resident='never', on_bad_image='skip')
+  assert dataset.skipped == () and calls == 41
+  (tmp_path / 'pets' / 'train' / 'cat' / '03.png').write_bytes(b'')
+  with pytest.raises(UsageError, match='03.png is empty'):
+    cached(resident='never')
+
+
+def test_another_decoder_makes_another_copy(cached, monkeypatch):
+  cached()
+  monkeypatch.setattr(jpeg, 'decoder', lambda: 'another')
+  assert cached()[1] == 41
 
 
 def test_read_ahead_is_in_order_and_bounded():

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures('quick_compilation')
 QUICK_COMPILATION = '--xla_backend_optimization_level=0'
 
 # These start several processes or devices, or need the environment that the line sets.
-IN_A_SHELL = ('XLA_FLAGS=', 'TFDS_DATA_DIR=', '--coordinator=', 'cnn_jax.sweep', 'python examples/')
+IN_A_SHELL = ('XLA_FLAGS=', 'TFDS_DATA_DIR=', '--coordinator=', 'cnn_jax.launch', 'cnn_jax.sweep', 'python examples/')
 
 
 def _blocks(page, language):
@@ -50,7 +50,8 @@ def _commands():
 
 
 SET_UP = [c for c in _commands() if c.startswith(('make ', '. ', 'pip ', 'initdb ', 'optuna-dashboard '))]
-COMMANDS = [c for c in dict.fromkeys(_commands()) if c not in SET_UP]
+CLUSTERS = [c for c in _commands() if re.search(r' examples/\w+\.(sh|sbatch|yaml)$', c)]  # see test_examples.py
+COMMANDS = [c for c in dict.fromkeys(_commands()) if c not in (*SET_UP, *CLUSTERS)]
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +79,11 @@ def test_the_set_up_commands_are_run_by_the_integration_script():
     assert command.partition(' DIR=')[0] in script
     assert f'\n{command.split()[1]}:' in makefile
   assert '. .venv/bin/activate' in SET_UP
+
+
+def test_the_examples_of_clusters_exist():
+  assert len(CLUSTERS) == 4
+  assert all((ROOT / command.split()[-1]).exists() for command in CLUSTERS)
 
 
 def test_the_extras_exist():
@@ -111,7 +117,7 @@ def test_the_command_runs(places, command):
   ):  # fmt: skip
     command = command.replace(name, place)
   words = shlex.split(command)
-  if 'cnn_jax.main' in words or 'cnn_jax.sweep' in words:
+  if {'cnn_jax.main', 'cnn_jax.launch', 'cnn_jax.sweep'} & {*words}:
     network = next((w.partition('=')[2] for w in words if w.startswith('--config.model.name=')), 'cnn')
     network = 'efficientnet' if '--config=configs/photographs.py' in words else network
     words += [*QUICK, *SMALL[network]]

@@ -1,11 +1,7 @@
 """The commands as a user meets them: output, files, and answers to mistakes."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -218,46 +214,3 @@ def test_a_workdir_belongs_to_one_process(tmp_path, digits_run):
     done = call_command('cnn_jax.main', DIGITS, f'--workdir={workdir}')
   assert done.returncode == 2
   assert 'in use by process' in done.stderr
-
-
-def test_two_processes_train_as_one(tmp_path):
-  """Two processes of two devices each, as on two hosts, end where one process with four devices does."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    coordinator = f'127.0.0.1:{s.getsockname()[1]}'
-  arguments = [
-    'cnn_jax.main', DIGITS, '--config.epochs=1', '--config.schedule.warmup_epochs=0.5', '--config.model.features=(8, 16)',
-    # Small steps: large ones make two other digits of the first loss two per mille of the fortieth.
-    '--config.optimizer.learning_rate=0.01', '--config.log.every_steps=1',
-    '--config.log.tensorboard=False', '--config.log.report=False', '--config.evaluation.every_epochs=1',
-  ]  # fmt: skip
-  together = tmp_path / 'together'
-  quick = '--xla_backend_optimization_level=0 --xla_force_host_platform_device_count'
-  environment = {'XLA_FLAGS': f'{quick}=2'}
-  processes = [
-    subprocess.Popen(
-      [
-        sys.executable, '-m', *arguments, f'--workdir={together}',
-        f'--coordinator={coordinator}', '--num_processes=2', f'--process_id={i}',
-      ],
-      cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    for i in range(2)
-  ]  # fmt: skip
-  outputs = [process.communicate(timeout=240) for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], outputs
-  assert 'epoch' in outputs[0][0]
-  assert 'epoch' not in outputs[1][0]  # only the first one reports
-  alone = tmp_path / 'alone'
-  done = run_command(*arguments, f'--workdir={alone}', XLA_FLAGS=f'{quick}=4')
-  assert done.returncode == 0, done.stderr
-  one, two = (json.loads((w / 'result.json').read_text()) for w in (alone, together))
-  assert one['test_loss'] == pytest.approx(two['test_loss'], rel=1e-3)
-  lines = [[json.loads(line) for line in (w / 'metrics.jsonl').read_text().splitlines()] for w in (alone, together)]
-  assert len(lines[0]) == len(lines[1]) == one['steps'] + one['epochs']
-  for i, (by_one, by_two) in enumerate(zip(*lines, strict=True)):
-    assert (by_one['step'], by_one['split']) == (by_two['step'], by_two['split'])
-    # Rounding grows from step to step, in the norms first, where another place wins a maximum.
-    later = {'loss': 1e-3} | ({'gradient_norm': 1e-2, 'update_norm': 1e-2} if by_one['split'] == 'train' else {})
-    for name, tolerance in later.items():
-      assert by_one[name] == pytest.approx(by_two[name], rel=1e-5 if i < 10 else tolerance), (name, by_one['step'])

@@ -217,8 +217,8 @@ def test_convolution_and_pool_in_one_is_both(shape, kernel, strides, padding):
   assert_same(*convolutions_and_pools(strides, padding), x, weights, then=[(jnp.round(x), jnp.round(weights))])
 
 
-def test_convolution_and_pool_in_one_is_both_on_other_platforms(monkeypatch):
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+@pytest.mark.usefixtures('not_cpu')
+def test_convolution_and_pool_in_one_is_both_on_other_platforms():
   assert_same(*convolutions_and_pools(), normal(0, 2, 9, 7, 3), normal(1, 3, 3, 3, 4))
 
 

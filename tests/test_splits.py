@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnn_jax.config import default_config
 from cnn_jax.data import splits
 
 SHARES = {'test': 0.1, 'validation': 0.1}
@@ -87,3 +88,42 @@ def test_no_files_leave_all_splits_empty():
 def test_the_whole_share_is_that_of_each_class(share):
   assigned = _assign([200] * 3, {'test': share})
   assert _counts(assigned, 1) == (200 - round(200 * share), 0, round(200 * share))
+
+
+def _official(unlabelled=(), splits_there=('train', 'validation', 'test')):
+  """The indices of official splits of 40, 20 and 20 examples of two classes, and their labels."""
+  official, labels = {}, np.tile(np.array([0, 1], np.int32), 40)
+  for split, (first, end) in {'train': (0, 40), 'validation': (40, 60), 'test': (60, 80)}.items():
+    if split in unlabelled:
+      labels[first:end] = -1
+    if split in splits_there:
+      official[split] = np.arange(first, end)
+  return official, labels
+
+
+@pytest.mark.parametrize(
+  ('splits_there', 'unlabelled', 'test', 'validation', 'rules'),
+  [
+    ('train validation test', '', range(60, 80), range(40, 60), 0),
+    ('train validation test', 'test', range(40, 60), 4, 2),
+    ('train validation test', 'validation', range(60, 80), 4, 1),
+    ('train validation test', 'validation test', 4, 4, 1),
+    ('train validation', '', 4, range(40, 60), 1),
+    ('train test', 'test', 4, 4, 1),
+    ('train test', '', range(60, 80), 4, 1),
+    ('train', '', 4, 4, 1),
+  ],
+)
+def test_official_splits_with_labels_are_kept_and_validation_replaces_a_test_without(
+  splits_there, unlabelled, test, validation, rules
+):
+  official, labels = _official(unlabelled.split(), splits_there.split())
+  parts, said = splits.by_class(official, labels, default_config().data)
+  for split, expected in (('test', test), ('validation', validation)):
+    if isinstance(expected, range):
+      assert parts[split].tolist() == list(expected)
+    else:
+      assert len(parts[split]) == expected and set(parts[split]) < set(range(40))
+  assert (labels[np.concatenate(list(parts.values()))] >= 0).all()
+  assert sum(map(len, parts.values())) == len(np.unique(np.concatenate(list(parts.values()))))
+  assert len(said) == rules and (splits.PROMOTED in said) == (rules == 2)

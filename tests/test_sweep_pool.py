@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from cnn_jax import Stopped, UsageError, main, record
+from cnn_jax import Stopped, UsageError, main, record, shares
 from cnn_jax.sweep import pool, progress, worker
 from cnn_jax.sweep.worker import Task
 from tests.sweep_helpers import open_trials, sqlite_url, tiny_config
@@ -216,27 +216,27 @@ def test_a_terminal_shows_the_runs_in_progress(url, monkeypatch):
 def test_workers_share_the_machine(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(5)), raising=False)
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
-  assert [share.cores for share in worker.shares(2)] == [(0, 1), (2, 3, 4)]
-  assert [share.gpus for share in worker.shares(2)] == [None, None]
-  assert [share.cores for share in worker.shares(6)] == [(0,), (1,), (2,), (3,), (4,), (0,)]
+  assert [share.cores for share in shares.divide(2)] == [(0, 1), (2, 3, 4)]
+  assert [share.gpus for share in shares.divide(2)] == [None, None]
+  assert [share.cores for share in shares.divide(6)] == [(0,), (1,), (2,), (3,), (4,), (0,)]
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
-  assert [share.gpus for share in worker.shares(2)] == [('4',), ('7',)]
-  assert all(share.alone_on_gpu for share in worker.shares(2))
-  assert [share.gpus for share in worker.shares(3)] == [('4',), ('7',), ('4',)]
-  assert not any(share.alone_on_gpu for share in worker.shares(3))
-  assert worker.shares(1) == [worker.Share(None, None, True)]
+  assert [share.gpus for share in shares.divide(2)] == [('4',), ('7',)]
+  assert all(share.alone_on_gpu for share in shares.divide(2))
+  assert [share.gpus for share in shares.divide(3)] == [('4',), ('7',), ('4',)]
+  assert not any(share.alone_on_gpu for share in shares.divide(3))
+  assert shares.divide(1) == [shares.Share(None, None, True)]
 
 
 def test_without_a_choice_nvidia_smi_lists_the_gpus(tmp_path, monkeypatch):
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
   monkeypatch.setenv('PATH', str(tmp_path))
-  assert {share.gpus for share in worker.shares(2)} == {None}
+  assert {share.gpus for share in shares.divide(2)} == {None}
   tool = tmp_path / 'nvidia-smi'
   tool.write_text('#!/bin/sh\necho "GPU 0: H100 (UUID: x)"\necho "  MIG 1g.10gb"\necho "GPU 1: H100 (UUID: y)"\n')
   tool.chmod(0o755)
-  assert [share.gpus for share in worker.shares(2)] == [('0',), ('1',)]
+  assert [share.gpus for share in shares.divide(2)] == [('0',), ('1',)]
   tool.write_text('#!/bin/sh\nexit 9\n')  # the driver does not answer
-  assert {share.gpus for share in worker.shares(2)} == {None}
+  assert {share.gpus for share in shares.divide(2)} == {None}
 
 
 # The training of a task.
@@ -244,7 +244,7 @@ def test_without_a_choice_nvidia_smi_lists_the_gpus(tmp_path, monkeypatch):
 
 def test_a_worker_process_reports_its_outcome_and_ends_when_it_is_closed(tmp_path):
   (tmp_path / 'file').write_text('')
-  share = worker.Share(cores=tuple(os.sched_getaffinity(0))[:1], gpus=('0',), alone_on_gpu=False)
+  share = shares.Share(cores=tuple(os.sched_getaffinity(0))[:1], gpus=('0',), alone_on_gpu=False)
   process = worker.Worker(share)
   process.give(Task({}, str(tmp_path / 'file' / 'run'), evaluate_test=False))
   kind, message = process.connection.recv()

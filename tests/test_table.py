@@ -99,11 +99,11 @@ def test_rows_that_are_not_used_are_noted(pictures):
 @pytest.mark.parametrize(
   ('rows', 'header', 'reason'),
   [
-    (_rows(), 'picture,', "no column for the label in its first line"),
-    (_rows(), '00.png,cat', "no column for the path in its first line"),
+    (_rows(), 'picture,', "no column for the label in its header"),
+    (_rows(), '00.png,cat', "no column for the path in its header"),
     (_rows(), 'file,path,label', "columns 'file' and 'path', either of which may be the path"),
     ([*_rows(), ('no.png', 'cat')], 'path,label', r"1 rows .* do not exist below .*: 'no.png' \(line 14\); correct"),
-    ([*_rows(), ('00.png', 'dog')], 'path,label', r"1 rows .* contradict .*: '00.png' \(lines 2 and 14\); give"),
+    ([*_rows(), ('00.png', 'dog')], 'path,label', r"1 rows .* contradict .*: '00.png' \(line 2 and line 14\); give"),
     ([*_rows(), ('./00.png', 'dog')], 'path,label', r'contradict an earlier row'),
     ([*_rows(), ('00.png', '')], 'path,label', r'1 rows of .* have no label: line 14'),
     ([(*row, 'prod') for row in _rows()], 'path,label,split', r"12 rows .* unknown split: 'prod' \(line 2\)"),
@@ -154,7 +154,7 @@ def test_a_file_that_is_no_table_is_refused(pictures, contents, reason):
 def test_a_table_that_cannot_be_opened_is_refused(pictures, monkeypatch):
   os.mkfifo(pictures / 'pipe.csv')
   for name in ('missing.csv', 'pipe.csv', ''):
-    with pytest.raises(UsageError, match=r'cannot read .*; give a CSV file'):
+    with pytest.raises(UsageError, match=r'cannot read .*; give a CSV or Parquet file'):
       table.read(str(pictures / name), str(pictures))
   _write(pictures / 'x.csv', _rows())
   monkeypatch.setattr(table, '_MAX_BYTES', 10)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.many_seeds.run [--quick] [--rounds=5] [--seconds=1.0] [--json=FILE]
 
-Both ways take the steps of `train.take_steps` from the same states. Their parameters are compared before they are timed
+Both ways take the steps of `step.take_steps` from the same states. Their parameters are compared before they are timed
 in interleaved rounds.
 """
 
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers, results
-from cnn_jax import command, distribute, train
+from cnn_jax import command, distribute, plan, step, train
 from cnn_jax.config import default_config, vary
 from cnn_jax.data import Split, feed
+from cnn_jax.state import TrainState
 from cnn_jax.tables import markdown
 
 # Image shape, features of each convolution, images per step.
@@ -32,7 +33,7 @@ MAX_STEPS = 20  # of one call
 CHECKED_STEPS = 3  # the parameters are compared after so many steps; later, rounding errors are amplified
 WAYS = {'sequential': 'one after another', 'vmapped': 'vmapped'}
 
-Way = Callable[[int], Iterator[train.TrainState]]
+Way = Callable[[int], Iterator[TrainState]]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -127,16 +128,17 @@ def _ways(config: Any, shape: tuple[int, ...], seeds: int) -> tuple[Way, Way]:
     random.integers(0, 256, (examples, *shape), np.uint8), random.integers(0, 10, examples).astype(np.int32)
   )
   configs = [vary(config, {'seed': seed}) for seed in range(seeds)]
-  setups = [train.setup(one, examples, 10, shape, max_steps=MAX_STEPS) for one in configs]
+  setups = [plan.make_plan(one, examples, 10, shape, max_steps=MAX_STEPS) for one in configs]
   feeds = [feed.Resident(split, config.batch_size, one.seed, MAX_STEPS) for one in configs]
   images, labels = feeds[0].images, feeds[0].labels
   orders = [data.indices(0, 0, MAX_STEPS) for data in feeds]
   stacked = distribute.replicate(jax.tree.map(lambda *x: jnp.stack(x), *(made.state for made in setups)))
   states = [distribute.replicate(made.state) for made in setups]
+  calls = [train.compile_steps(made.step, one.seed) for made, one in zip(setups, configs, strict=True)]
 
   # What `train.compile_steps` compiles, with an axis of seeds inside.
   steps_of_all = jax.pmap(
-    jax.vmap(partial(train.take_steps, setups[0].step), in_axes=(0, 0, None, None, 0, None)),
+    jax.vmap(partial(step.take_steps, setups[0].step), in_axes=(0, 0, None, None, 0, None)),
     axis_name=distribute.AXIS,
     in_axes=(None, None, None, None, 2, None),
     out_axes=(None, None),
@@ -145,13 +147,13 @@ def _ways(config: Any, shape: tuple[int, ...], seeds: int) -> tuple[Way, Way]:
   keys = np.stack([jax.random.key_data(jax.random.key(seed)) for seed in range(seeds)])
   stacked_orders = np.stack(orders)
 
-  def sequential(count: int) -> Iterator[train.TrainState]:
-    for i, made in enumerate(setups):
-      states[i], _ = made.train_steps(states[i], images, labels, orders[i], np.int32(count))
+  def sequential(count: int) -> Iterator[TrainState]:
+    for i, take in enumerate(calls):
+      states[i], _ = take(states[i], images, labels, orders[i], np.int32(count))
     jax.block_until_ready(states)
     return iter(states)
 
-  def vmapped(count: int) -> Iterator[train.TrainState]:
+  def vmapped(count: int) -> Iterator[TrainState]:
     nonlocal stacked
     stacked, _ = steps_of_all(keys, stacked, images, labels, stacked_orders, np.int32(count))
     jax.block_until_ready(stacked)

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 
 from benchmarks import peers, results
-from cnn_jax import command, distribute, evaluate, train
+from cnn_jax import command, distribute, evaluate, plan, train
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, Split, feed, load_dataset
+from cnn_jax.state import TrainState, eval_variables
 from cnn_jax.tables import format_mean_std, markdown
 
 RECIPE = {
@@ -94,12 +95,13 @@ def run_ours(config: Any, dataset: Dataset, split: Split, seed: int) -> dict[str
   config = config_lib.vary(config, {'seed': seed})
   num_train, shape = len(dataset.train), tuple(dataset.train.images.shape[1:])
   steps = config_lib.steps_per_epoch(config, num_train)
-  made = train.setup(config, num_train, len(dataset.class_names), shape, max_steps=steps)
+  made = plan.make_plan(config, num_train, len(dataset.class_names), shape, max_steps=steps)
+  train_steps = train.compile_steps(made.step, seed)
   data = feed.Resident(dataset.train, config.batch_size, seed, made.capacity)
 
-  def take(state: train.TrainState, epoch: int, count: int) -> train.TrainState:
+  def take(state: TrainState, epoch: int, count: int) -> TrainState:
     indices = data.indices(epoch, 0, count)
-    return made.train_steps(state, data.images, data.labels, indices, np.int32(count))[0]
+    return train_steps(state, data.images, data.labels, indices, np.int32(count))[0]
 
   state = jax.block_until_ready(take(distribute.replicate(made.state), 0, 0))  # compiles
   started = time.perf_counter()
@@ -107,7 +109,7 @@ def run_ours(config: Any, dataset: Dataset, split: Split, seed: int) -> dict[str
     state = take(state, epoch, steps)
   jax.block_until_ready(state)
   seconds = time.perf_counter() - started
-  found = evaluate.evaluate_split(made.model, train.eval_variables(state), split, config)
+  found = evaluate.evaluate_split(made.model, eval_variables(state), split, config)
   return {'accuracy': found['accuracy'], 'seconds': seconds}
 
 
@@ -140,7 +142,8 @@ def _start_peer(python: str, config: Any, dataset: Dataset, split: Split) -> pee
       test_images=np.asarray(split.images), test_labels=split.labels,
     )  # fmt: skip
     (Path(directory) / 'config.json').write_text(config.to_json())
-    return peers.Peer('benchmarks.mnist_speedrun.torch_peer', directory, python=python)
+    device = 'cuda' if jax.default_backend() == 'gpu' else 'cpu'
+    return peers.Peer('benchmarks.mnist_speedrun.torch_peer', directory, device, python=python)
 
 
 def _ratios(seconds: Mapping[str, Sequence[float]]) -> list[float]:

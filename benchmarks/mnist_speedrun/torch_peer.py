@@ -1,6 +1,6 @@
 """The recipe of `run.py` in PyTorch, eager. `run.py` starts it in an interpreter that has PyTorch.
 
-    python -m benchmarks.mnist_speedrun.torch_peer FOLDER
+    python -m benchmarks.mnist_speedrun.torch_peer FOLDER cpu|cuda
 
 The folder holds `config.json` and `data.npz`. A request is a seed; see `benchmarks.peers`.
 """
@@ -20,11 +20,11 @@ from torch import nn
 from benchmarks import peers
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, device: str) -> None:
   """Reads the data, warms up, and answers requests."""
   config = json.loads((folder / 'config.json').read_text())
   arrays = np.load(folder / 'data.npz', allow_pickle=False)
-  data = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+  data = {name: torch.from_numpy(arrays[name]).to(device) for name in arrays.files}
   train(config, data, 0, max_steps=20)
   peers.serve(lambda seed: train(config, data, int(seed)), version=torch.__version__)
 
@@ -36,14 +36,14 @@ def train(
 
   Args:
     config: the config of the run, as JSON has it.
-    data: `images`, `labels`, `test_images`, `test_labels`.
+    data: `images`, `labels`, `test_images`, `test_labels`, on the device that computes.
     seed: of initialisation and order.
     max_steps: stop after so many; None: after the last epoch.
   """
   torch.manual_seed(seed)
   images, labels = data['images'], data['labels'].long()
   # Channels first, the default of PyTorch, which is faster than channels last for layers as narrow as these.
-  model = network(config, images.shape[3], images.shape[1])
+  model = network(config, images.shape[3], images.shape[1]).to(images.device)
   optimizer = torch.optim.SGD(
     model.parameters(), lr=1.0, momentum=config['optimizer']['momentum'], nesterov=config['optimizer']['nesterov']
   )
@@ -54,7 +54,7 @@ def train(
   model.train()
   started = time.perf_counter()
   for _ in range(config['epochs']):
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images))).to(images.device)
     for first in range(0, per_epoch * batch_size, batch_size):
       batch = order[first : first + batch_size]
       rate = learning_rate(config, step, total, per_epoch)
@@ -69,6 +69,8 @@ def train(
       step += 1
       if step == max_steps:
         break
+  if images.is_cuda:
+    torch.cuda.synchronize()
   seconds = time.perf_counter() - started
   model.eval()
   with torch.no_grad():
@@ -126,4 +128,4 @@ def learning_rate(config: dict[str, Any], step: int, total: int, per_epoch: int)
 
 
 if __name__ == '__main__':
-  main(Path(sys.argv[1]))
+  main(Path(sys.argv[1]), sys.argv[2])

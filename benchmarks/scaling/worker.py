@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks import peers
-from cnn_jax import command, distribute, train
+from cnn_jax import command, distribute, plan, train
 from cnn_jax.config import default_config, vary
 from cnn_jax.data import Split, feed
 
@@ -60,7 +60,8 @@ def measure(
     'schedule.warmup_epochs': 0.0,
   }
   config = vary(default_config(), fields)
-  made = train.setup(config, examples, 10, SHAPE, max_steps=max(1, _IMAGES_PER_CALL // batch_size))
+  made = plan.make_plan(config, examples, 10, SHAPE, max_steps=max(1, _IMAGES_PER_CALL // batch_size))
+  train_steps = train.compile_steps(made.step, config.seed)
   random = np.random.default_rng(0)
   images = random.integers(0, 256, (examples, *SHAPE), np.uint8)
   data = feed.Resident(Split(images, random.integers(0, 10, examples).astype(np.int32)), batch_size, 0, made.capacity)
@@ -68,7 +69,7 @@ def measure(
   durations: list[float] = []
   while len(durations) < _CALLS if processes > 1 else len(durations) < 4 or sum(durations[1:]) < seconds:
     started = time.perf_counter()
-    state, measured = made.train_steps(state, data.images, data.labels, indices, steps)
+    state, measured = train_steps(state, data.images, data.labels, indices, steps)
     np.asarray(measured['loss'])
     durations.append(time.perf_counter() - started)
   return {

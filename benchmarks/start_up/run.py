@@ -1,6 +1,9 @@
 """The time from the start of a process to its first training step and its first prediction, with and without a cache.
 
 python -m benchmarks.start_up.run [--repeats=5] [--config=configs/mnist.py] [--json=FILE] [--config.NAME=VALUE]
+                                  [--files=1281167]
+
+With --files, it measures the start on a folder of so many training images instead; FILE keeps what it has of the other.
 """
 
 import os
@@ -17,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import peers, results
+from benchmarks.start_up import files
 from cnn_jax import UsageError, command
 from cnn_jax import config as config_lib
 from cnn_jax.tables import markdown
@@ -32,7 +36,13 @@ def main(argv: Sequence[str]) -> None:
   command.add_config(parser)
   parser.set_defaults(config='configs/mnist.py')
   parser.add_argument('--repeats', type=int, default=5, help='measurements of each time (%(default)s)')
+  parser.add_argument('--files', type=int, default=0, help='training images of a folder, at least 20')
   args, overrides = parser.parse_known_args(argv)
+  if args.files:
+    with tempfile.TemporaryDirectory() as directory:
+      found = {'files': files.measure(Path(directory), args.files, args.repeats, overrides)}
+    results.publish(found, tables(found), args.json)
+    return
   config_lib.load(str(peers.ROOT / args.config), overrides)
   training = [f'--config={args.config}', *overrides]
   with tempfile.TemporaryDirectory() as directory:
@@ -122,13 +132,16 @@ def imports() -> dict[str, float]:
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
-  """The table of README.md; see `benchmarks.results`."""
-  rows = [
-    [row['what'], *(f'{row["seconds"][which]:.2f}' for which in ('median', 'min', 'max'))]
-    for row in found['measurements']
-  ]
-  table = markdown(['what', 'median, s', 'minimum', 'maximum'], rows)
-  return {'measurements': f'{results.source(found)} `{found["config"]}`, n = {found["repeats"]}.\n\n{table}'}
+  """The tables of README.md; see `benchmarks.results`."""
+  made = {'files': files.table(found['files'])} if 'files' in found else {}
+  if 'measurements' in found:
+    rows = [
+      [row['what'], *(f'{row["seconds"][which]:.2f}' for which in ('median', 'min', 'max'))]
+      for row in found['measurements']
+    ]
+    table = markdown(['what', 'median, s', 'minimum', 'maximum'], rows)
+    made['measurements'] = f'{results.source(found)} `{found["config"]}`, n = {found["repeats"]}.\n\n{table}'
+  return made
 
 
 def _start(arguments: Sequence[str], cache: Path) -> subprocess.Popen:

@@ -1,9 +1,10 @@
 """The two JAX peers of `run.py`: the training and evaluation of this project, and those of the stock Flax examples.
 
-    python -m benchmarks.step_time.jax_peer ours|flax '[[28, 28, 1], [32, 64, 128]]' 128
+    python -m benchmarks.step_time.jax_peer ours|flax '[[28, 28, 1], [32, 64, 128]]' 128 [OPTIONS]
 
-The arguments are the peer, the image shape with the features of each convolution, and the images per step. Requests are
-`train STEPS`, `inference STEPS` and `gemm REPEATS`; see `benchmarks.peers`.
+The arguments are the peer, the image shape with the features of each convolution, and the images per step. OPTIONS is
+JSON: `dtype`, of the arithmetic of ours. Requests are `train STEPS`, `inference STEPS` and `gemm REPEATS`; see
+`benchmarks.peers`.
 """
 
 import json
@@ -19,8 +20,9 @@ import optax
 from flax import linen as nn
 
 from benchmarks import peers
-from cnn_jax import command, distribute, evaluate, inspect, train
+from cnn_jax import command, distribute, evaluate, inspect, plan, train
 from cnn_jax.config import default_config, statistics, vary
+from cnn_jax.state import eval_variables
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 MAX_STEPS = 25  # of one request; `ours` takes them in one compiled call, as training does
@@ -30,24 +32,36 @@ Runs = dict[str, Callable[[int], Any]]  # for 'train' and 'inference', a functio
 
 def main(argv: Sequence[str]) -> None:
   """Compiles, reports the number of operations per image, and answers requests."""
-  name, network, batch = argv
+  name, network, batch, *rest = argv
   shape, features = json.loads(network)
+  options = json.loads(rest[0]) if rest else {}
   if name == 'ours':
     command.prepare_backend()  # as every command of this project does; stock Flax runs with the defaults of JAX
-    runs, operations = ours(tuple(shape), tuple(features), int(batch))
+    dtype = options.get('dtype', 'float32')
+    runs, operations = ours(tuple(shape), tuple(features), int(batch), dtype)
   else:
     runs, operations = stock_flax(tuple(shape), tuple(features), int(batch)), None
   for run in runs.values():
     run(2)
 
-  def answer(work: str, count: str) -> dict[str, float]:
-    return {'gflops': gemm_rate(int(count))} if work == 'gemm' else peers.time_steps(runs[work], int(count))
+  def answer(work: str, count: str) -> dict[str, float | None]:
+    if work == 'gemm':
+      return {'gflops': gemm_rate(int(count))}
+    return peers.time_steps(runs[work], int(count)) | {'device_mb': device_mb()}
 
   peers.serve(answer, operations=operations)
 
 
-def ours(shape: tuple[int, ...], features: tuple[int, ...], batch: int) -> tuple[Runs, dict[str, int]]:
-  """Training by `train.setup`, with batches gathered from uint8 images, and `evaluate.eval_step`.
+def device_mb() -> float | None:
+  """The peak memory of this process on its first device, in MB of 2^20 bytes; None on the CPU."""
+  statistics = jax.local_devices()[0].memory_stats()
+  return statistics and statistics['peak_bytes_in_use'] / 2**20
+
+
+def ours(
+  shape: tuple[int, ...], features: tuple[int, ...], batch: int, dtype: str = 'float32'
+) -> tuple[Runs, dict[str, int]]:
+  """Training by `plan.make_plan`, with batches gathered from uint8 images, and `evaluate.eval_step`.
 
   Returns:
     The functions that take steps, and `operations`.
@@ -57,6 +71,7 @@ def ours(shape: tuple[int, ...], features: tuple[int, ...], batch: int) -> tuple
     {
       'batch_size': batch,
       'model.features': features,
+      'model.dtype': dtype,
       'optimizer.learning_rate': LEARNING_RATE,
       'optimizer.momentum': MOMENTUM,
       'optimizer.nesterov': False,
@@ -65,17 +80,18 @@ def ours(shape: tuple[int, ...], features: tuple[int, ...], batch: int) -> tuple
       'schedule.warmup_epochs': 0.0,
     },
   )
-  made = train.setup(config, MAX_STEPS * batch, 10, shape, max_steps=MAX_STEPS)
+  made = plan.make_plan(config, MAX_STEPS * batch, 10, shape, max_steps=MAX_STEPS)
+  train_steps = train.compile_steps(made.step, config.seed)
   images, labels = _data(shape, 4 * batch)
   data = distribute.replicate((images, labels))
   state = distribute.replicate(made.state)
-  variables = jax.tree.map(jnp.array, train.eval_variables(state))  # copies, because training donates its state
+  variables = jax.tree.map(jnp.array, eval_variables(state))  # copies, because training donates its state
   order = np.random.default_rng(0).integers(0, len(images), (MAX_STEPS, jax.device_count(), batch), np.int32)
   one_batch, levels = jnp.asarray(images[:batch]), statistics(config.data)
 
   def train_run(count: int) -> None:
     nonlocal state
-    state, measured = made.train_steps(state, *data, order, np.int32(count))
+    state, measured = train_steps(state, *data, order, np.int32(count))
     jax.block_until_ready((state, measured))
 
   def inference_run(count: int) -> None:

@@ -1,15 +1,17 @@
 """Networks for photographs in this project, and in ONNX Runtime after our own export; peers of `photographs.py`.
 
-    python -m benchmarks.step_time.photographs_jax_peer ours|onnx efficientnet_lite0|resnet18|resnet50 8
+    python -m benchmarks.step_time.photographs_jax_peer ours|onnx efficientnet_lite0|resnet18|resnet50 8 [OPTIONS]
 
-The arguments are the peer, the network and the images per step. Requests are `WORK STEPS`, where WORK is a key of
-`photographs.WORKS`; see `benchmarks.peers`.
+The arguments are the peer, the network and the images per step. OPTIONS is JSON: `dtype`, of the arithmetic; `size`, the
+pixels a side; `fixed_statistics`, whether batch norms use their running statistics in training, as fine-tuning does.
+Requests are `WORK STEPS`, where WORK is a key of `photographs.WORKS`; see `benchmarks.peers`.
 """
 
 import functools
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers
+from benchmarks.step_time.jax_peer import device_mb
 from benchmarks.step_time.photographs import CLASSES, NETWORKS, SIZE, timed
-from cnn_jax import command, distribute, evaluate, models, train
+from cnn_jax import command, distribute, evaluate, models, plan, train
 from cnn_jax import config as config_lib
 from cnn_jax.config import default_config, vary
 from cnn_jax.data import augment
@@ -30,41 +33,47 @@ Run = Callable[[int], Any]
 
 def main(argv: list[str]) -> None:
   """Answers requests; what a request needs is compiled when it comes for the first time."""
-  name, network, size = argv
-  batch = int(size)
+  name, network, count, *rest = argv
+  options = json.loads(rest[0]) if rest else {}
   command.prepare_backend()
-  images = np.random.default_rng(0).integers(0, 256, (batch, SIZE, SIZE, 3), np.uint8)
+  side = options.get('size', SIZE)
+  images = np.random.default_rng(0).integers(0, 256, (int(count), side, side, 3), np.uint8)
+  fields = {
+    'model.dtype': options.get('dtype', 'float32'),
+    'model.fixed_statistics': options.get('fixed_statistics', True),
+  }
 
   @functools.cache
   def run_of(work: str) -> Run:
-    run = onnx_inference(network, images) if name == 'onnx' else ours(network, work, images)
+    run = onnx_inference(network, images) if name == 'onnx' else ours(network, work, images, fields)
     run(1)
     return run
 
-  peers.serve(lambda work, steps: timed(run_of(work.replace('_', ' ')), int(steps)))
+  peers.serve(lambda work, steps: timed(run_of(work.replace('_', ' ')), int(steps)) | {'device_mb': device_mb()})
 
 
-def ours(network: str, work: str, images: np.ndarray) -> Run:
-  """Inference by `evaluate.eval_step`, or training by `train.setup` with batches gathered from uint8 images.
+def ours(network: str, work: str, images: np.ndarray, fields: Mapping[str, Any]) -> Run:
+  """Inference by `evaluate.eval_step`, or training by `plan.make_plan` with batches gathered from uint8 images.
 
   Args:
     network: a key of `NETWORKS`.
     work: a key of `photographs.WORKS`.
     images: uint8 (batch, height, width, 3).
+    fields: of the config, to set.
   """
   batch = len(images)
   about = NETWORKS[network]
   frozen = {'last stage': about.frozen, 'last stage, kept maps': about.frozen, 'head': about.stages}.get(work, 0)
-  name, *fields = about.model
+  name, *of_model = about.model
   config = vary(
     default_config(name),
     {
-      **{f'model.{field}': value for field, value in fields},
+      **{f'model.{field}': value for field, value in of_model},
+      **fields,
       'model.frozen_stages': frozen,
-      'model.fixed_statistics': True,
       'fine_tuning.views': int(work == 'last stage, kept maps'),
       'batch_size': batch,
-      'data.image_size': SIZE,
+      'data.image_size': images.shape[1],
       'data.channels': 3,
       'optimizer.learning_rate': 1e-4,
       'optimizer.weight_decay': 0.0,
@@ -79,7 +88,8 @@ def ours(network: str, work: str, images: np.ndarray) -> Run:
     return lambda count: jax.block_until_ready(
       [evaluate.eval_step(model, variables, one_batch, statistics) for _ in range(count)]
     )
-  made = train.setup(config, MAX_STEPS * batch, CLASSES, images.shape[1:], max_steps=MAX_STEPS)
+  made = plan.make_plan(config, MAX_STEPS * batch, CLASSES, images.shape[1:], max_steps=MAX_STEPS)
+  train_steps = train.compile_steps(made.step, config.seed)
   examples = np.zeros((batch, *made.boundary.shape), np.float16) if made.boundary else images
   data = distribute.replicate((examples, np.arange(batch, dtype=np.int32) % CLASSES))
   state = distribute.replicate(made.state)
@@ -87,7 +97,7 @@ def ours(network: str, work: str, images: np.ndarray) -> Run:
 
   def run(count: int) -> None:
     nonlocal state
-    state, measured = made.train_steps(state, *data, order, np.int32(count))
+    state, measured = train_steps(state, *data, order, np.int32(count))
     jax.block_until_ready((state, measured))
 
   return run

@@ -1,12 +1,13 @@
 """The same networks in PyTorch, eager or compiled, channels_last, one thread per CPU; peers of `photographs.py`.
 
-    python -m benchmarks.step_time.photographs_torch_peer pytorch|pytorch_compiled efficientnet_lite0|resnet18|resnet50 8
+    python -m benchmarks.step_time.photographs_torch_peer pytorch|pytorch_compiled resnet50 8 [OPTIONS]
 
-The arguments and requests are those of `photographs_jax_peer.py`. Batch norms use their running statistics in training
-too, as fine-tuning does. Frozen layers run without gradients.
+The arguments and requests are those of `photographs_jax_peer.py`; OPTIONS also has `device`, cpu or cuda, see
+`torch_device`. Frozen layers run without gradients.
 """
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -18,53 +19,69 @@ from torch import nn
 
 from benchmarks import peers
 from benchmarks.step_time.photographs import CLASSES, SIZE, timed
+from benchmarks.step_time.torch_device import Device
 
 
 def main(argv: list[str]) -> None:
   """Reports the version of PyTorch, and answers requests."""
-  name, network, size = argv
+  name, network, count, *rest = argv
+  options = json.loads(rest[0]) if rest else {}
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  images = torch.rand(int(size), 3, SIZE, SIZE).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+  device, side = Device(**options), options.get('size', SIZE)
+  images = torch.rand(int(count), 3, side, side).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+  images, fixed = device.place(images), options.get('fixed_statistics', True)
 
   @functools.cache
   def run_of(work: str) -> Callable[[int], Any]:
-    run = make(network, work, images, name == 'pytorch_compiled')
+    run = make(network, work, images, device, compiled=name == 'pytorch_compiled', fixed_statistics=fixed)
     run(2)
     return run
 
-  peers.serve(lambda work, steps: timed(run_of(work.replace('_', ' ')), int(steps)), version=torch.__version__)
+  peers.serve(
+    lambda work, steps: timed(run_of(work.replace('_', ' ')), int(steps)) | {'device_mb': device.peak_mb()},
+    version=torch.__version__,
+  )
 
 
-def make(network: str, work: str, images: torch.Tensor, compiled: bool) -> Callable[[int], Any]:
+def make(
+  network: str, work: str, images: torch.Tensor, device: Device, *, compiled: bool, fixed_statistics: bool
+) -> Callable[[int], Any]:
   """A function that takes a number of steps.
 
   Args:
     network: a key of `photographs.NETWORKS`.
     work: a key of `photographs.WORKS`.
-    images: float (batch, 3, height, width).
+    images: float (batch, 3, height, width), on the device.
+    device: where to compute.
     compiled: whether to use `torch.compile`.
+    fixed_statistics: whether batch norms use their running statistics in training too, as fine-tuning does.
   """
   stages = efficientnet_lite0() if network == 'efficientnet_lite0' else resnet(int(network.removeprefix('resnet')))
   last = {'last stage': -2, 'head': -1}.get(work, 0)  # the last layers, the head among them, that are trained
   frozen, trained = (
-    nn.Sequential(*part).eval().to(memory_format=torch.channels_last)
+    nn.Sequential(*part).eval().to(device.name, memory_format=torch.channels_last)
     for part in (stages[:last] if last else [], stages[last:])
   )
-  labels = torch.arange(len(images)) % CLASSES
+  trained.train(work != 'inference' and not fixed_statistics)
+  labels = device.place(torch.arange(len(images)) % CLASSES)
   optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4, momentum=0.9)
   forward, features = (torch.compile(part) if compiled else part for part in (trained, frozen))
 
+  @device.timed(full_precision=True)
   def inference(steps: int) -> None:
-    with torch.inference_mode():
+    with torch.inference_mode(), device.autocast():
       for _ in range(steps):
         forward(images)
 
+  @device.timed(full_precision=False)
   def train(steps: int) -> None:
     for _ in range(steps):
-      with torch.no_grad():
+      with torch.no_grad(), device.autocast():
         x = features(images) if last else images
       optimizer.zero_grad(set_to_none=True)
-      F.cross_entropy(forward(x), labels).backward()
+      with device.autocast():
+        loss = F.cross_entropy(forward(x), labels)
+      loss.backward()
       optimizer.step()
 
   return inference if work == 'inference' else train

@@ -1,8 +1,9 @@
 """The PyTorch peer of `run.py`: eager or compiled, channels_last, one thread per CPU.
 
-    python -m benchmarks.step_time.torch_peer pytorch|pytorch_compiled '[[28, 28, 1], [32, 64, 128]]' 128
+    python -m benchmarks.step_time.torch_peer pytorch|pytorch_compiled '[[28, 28, 1], [32, 64, 128]]' 128 [OPTIONS]
 
-The arguments and the requests `train STEPS` and `inference STEPS` are those of `jax_peer.py`.
+The arguments and the requests `train STEPS` and `inference STEPS` are those of `jax_peer.py`; OPTIONS also has `device`,
+`cpu` or `cuda`, see `torch_device`.
 """
 
 import json
@@ -15,37 +16,46 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import peers
+from benchmarks.step_time.torch_device import Device
 
 
 def main(argv: Sequence[str]) -> None:
   """Warms up, reports the version of PyTorch, and answers requests."""
-  name, network, size = argv
+  name, network, size, *rest = argv
   (height, width, channels), features = json.loads(network)
   batch = int(size)
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  model = build(channels, features).to(memory_format=torch.channels_last)
+  device = Device(**(json.loads(rest[0]) if rest else {}))
+  model = build(channels, features).to(device.name, memory_format=torch.channels_last)
   optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
   images = torch.rand(batch, channels, height, width).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
-  labels = torch.randint(0, 10, (batch,))
+  images, labels = device.place(images), device.place(torch.randint(0, 10, (batch,)))
   forward = torch.compile(model) if name == 'pytorch_compiled' else model
 
+  @device.timed(full_precision=False)
   def train(steps: int) -> None:
     model.train()
     for _ in range(steps):
       optimizer.zero_grad(set_to_none=True)
-      F.cross_entropy(forward(images), labels).backward()
+      with device.autocast():
+        loss = F.cross_entropy(forward(images), labels)
+      loss.backward()
       optimizer.step()
 
+  @device.timed(full_precision=True)
   def inference(steps: int) -> None:
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), device.autocast():
       for _ in range(steps):
         forward(images)
 
   runs = {'train': train, 'inference': inference}
   for run in runs.values():
     run(3)
-  peers.serve(lambda work, steps: peers.time_steps(runs[work], int(steps)), version=torch.__version__)
+  peers.serve(
+    lambda work, steps: peers.time_steps(runs[work], int(steps)) | {'device_mb': device.peak_mb()},
+    version=torch.__version__,
+  )
 
 
 def build(channels: int, features: Sequence[int]) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""Data sets: their type, and `load_dataset`. Each source is one file: `tfds.py`, `folder.py`, `bundled.py`."""
+"""Data sets: their type, and `load_dataset`. Each source is one file: `tfds.py`, `folder.py`, `tar.py`, `bundled.py`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ class Split:
   Attributes:
     images: uint8 (N, H, W, C); C is 1 (grey) or 3 (RGB).
     labels: int32 (N,), indices into `Dataset.class_names`.
-    names: path of each image relative to the folder, if the images are files.
-    sizes: int64 (N,), bytes of each file, if the images are files.
+    names: path of each image relative to the folder, if the images are files; in a tar file, TAR/MEMBER.
+    sizes: int64 (N,), bytes of each file or member, if the images have names.
   """
 
   images: np.ndarray | RandomAccessImages
@@ -64,6 +64,7 @@ class Dataset:
       of a class. Printed at every start, and recorded.
     skipped: the files that `on_bad_image='skip'` left out: (path, reason).
     bit_depth: the bits that the levels of the 16-bit files use; 0 if there are none. Predictions scale by the same.
+    identity: what `identity.identify` has computed.
   """
 
   name: str
@@ -75,6 +76,7 @@ class Dataset:
   notes: tuple[str, ...] = ()
   skipped: tuple[tuple[str, str], ...] = ()
   bit_depth: int = 0
+  identity: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def load_dataset(config_data: Any, prepare: bool = True) -> Dataset:
@@ -93,11 +95,18 @@ def load_dataset(config_data: Any, prepare: bool = True) -> Dataset:
   """
   from cnn_jax.data import bundled, folder, tfds
 
+  if config_data.canvas_size:  # the sources know one size; `augment.normalize` cuts the input out of the canvas
+    config_data = config_data.copy_and_resolve_references()
+    config_data.image_size = config_data.canvas_size
   source, name = config_data.source, config_data.name
   if source == 'folder':
     return folder.load(config_data)
   if config_data.table:
     raise UsageError(f"config.data.table is set, but config.data.source is {source!r}; set it to 'folder'.")
+  if source == 'tar':
+    from cnn_jax.data import tar
+
+    return tar.load(config_data)
   if source == 'bundled' or (source == 'auto' and name == 'digits'):  # no other source has the digits
     return bundled.load(config_data)
   if source == 'auto' and name in BUNDLED and (obstacle := tfds.find_obstacle(config_data, prepare)):

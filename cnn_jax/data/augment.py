@@ -6,6 +6,7 @@ light and colour of TrivialAugment, contrast, brightness, saturation, hue, erasi
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,33 +33,65 @@ _ERASE_ASPECTS = (0.3, 1 / 0.3)
 
 
 class Statistics(NamedTuple):
-  """The mean and the standard deviation of a network's input, in levels from 0 to 255; hashable, so static under jit.
+  """How images become a network's input; hashable, so static under jit.
 
   Attributes:
-    mean: one number, or one per channel.
-    std: as many.
+    mean: level from 0 to 255 that becomes 0; one number, or one per channel.
+    std: levels that become a difference of 1; as many numbers.
+    crop: pixels a side of the centre that is cut out of larger images; 0: nothing is cut off.
   """
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  crop: int = 0
+
+
+def input_shape(image_shape: Sequence[int], statistics: Statistics, config: Any = None) -> tuple[int, int, int]:
+  """The shape of a network's input, (height, width, channels).
+
+  Args:
+    image_shape: of the images of the data set, likewise.
+    statistics: of the run; see `config.statistics`.
+    config: `config.augment`, for the input in training; None: for that of `normalize`.
+  """
+  height, width, channels = image_shape
+  if config is not None and config.image_size:
+    return config.image_size, config.image_size, channels
+  most = statistics.crop or max(height, width)
+  return min(height, most), min(width, most), channels
+
+
+def centre_crop(images: Any, statistics: Statistics) -> Any:
+  """Cuts the centre of `statistics.crop` pixels a side out of images; sides that are not longer stay.
+
+  Args:
+    images: (..., H, W, C), of NumPy or JAX.
+    statistics: of the run.
+  """
+  if not statistics.crop:
+    return images
+  (height, width), (tall, wide) = images.shape[-3:-1], input_shape(images.shape[-3:], statistics)[:2]
+  top, left = (height - tall) // 2, (width - wide) // 2
+  return images[..., top : top + tall, left : left + wide, :]
 
 
 def normalize(images: Array | np.ndarray, statistics: Statistics) -> Array:
-  """Maps pixels to the network's input.
+  """Maps images of a data set to the network's input: cuts out the centre, and normalises the levels.
 
-  There is no other preprocessing. Training, evaluation, prediction, reports and exports all use this function.
+  There is no other preprocessing. Evaluation, prediction, reports and exports all use this function, and so does
+  training, whose images `transform` has brought to their size before.
 
   Args:
     images: uint8 (..., H, W, C), or float levels.
     statistics: of the run; see `config.statistics`. 127.5 and 127.5 map 0 to -1 and 255 to 1.
 
   Returns:
-    float32, the same shape: (x - mean) / std.
+    float32 (x - mean) / std, of the shape that `input_shape` returns.
   """
-  levels = jnp.asarray(images).astype(jnp.float32)
+  levels = jnp.asarray(centre_crop(images, statistics)).astype(jnp.float32)
   # A scalar where there is one number: XLA compiles it as it does a constant in a formula.
   shape = () if len(statistics.mean) == 1 else (1,) * (levels.ndim - 1) + (-1,)
-  mean, std = (np.array(x, np.float32).reshape(shape) for x in statistics)
+  mean, std = (np.array(x, np.float32).reshape(shape) for x in statistics[:2])
   return (levels - mean) / std
 
 
@@ -66,6 +99,9 @@ def augment(
   config: Any, statistics: Statistics, key: Array, positions: Array, images: Array, labels: Array
 ) -> tuple[Array, Array]:
   """Augments and normalises a batch; with every field off it is `normalize`.
+
+  Images that are larger than the network's input are sampled as a whole, by one interpolation: a random crop may be
+  anywhere in them, and what a shift moves in is the image around the centre.
 
   Mixing (mixup, Zhang et al., arXiv 1710.09412; CutMix, Yun et al., arXiv 1905.04899) blends each example with the one
   before it in the global batch, as that one is augmented in this step, each with a Beta draw of its own. If both
@@ -81,14 +117,15 @@ def augment(
     labels: float32 (B, K), one-hot or any distribution.
 
   Returns:
-    float32 images (B, H, W, C), normalised; float32 labels (B, K), whose rows have the same sums as before.
+    float32 images (B, h, w, C), normalised, of the size of `input_shape`; float32 labels (B, K), whose rows have the
+    same sums as before.
   """
   return mix(config, key, positions, transform(config, statistics, key, positions, images), labels)
 
 
 def transform(config: Any, statistics: Statistics, key: Array, positions: Array, images: Array) -> Array:
   """Augments and normalises images, but does not mix them; see `augment`."""
-  return normalize(_transform(config, key, positions, images), statistics)
+  return normalize(_transform(config, statistics, key, positions, images), statistics._replace(crop=0))
 
 
 def mix(config: Any, key: Array, positions: Array, images: Array, labels: Array) -> tuple[Array, Array]:
@@ -155,11 +192,11 @@ def beta_quantile(uniform: Array, alpha: float) -> Array:
   return table[low] + (table[low + 1] - table[low]) * (place - low.astype(jnp.float32))
 
 
-def _transform(config: Any, key: Array, positions: Array, images: Array) -> Array:
-  """Applies everything except mixing: uint8 (B, H, W, C) -> float32 levels (B, H, W, C)."""
+def _transform(config: Any, statistics: Statistics, key: Array, positions: Array, images: Array) -> Array:
+  """Applies everything except mixing: uint8 (B, H, W, C) -> float32 levels (B, h, w, C)."""
   draws, new = _draws(key, positions), _newer_draws(key, positions)
   operation = trivial.choose(new[:, _TRIVIAL]) if config.trivial else None
-  images = _move(config, draws, new, operation, images).astype(jnp.float32)
+  images = _move(config, statistics, draws, new, operation, images).astype(jnp.float32)
   if config.trivial or config.contrast or config.brightness or config.saturation or config.hue:
     images = jax.lax.optimization_barrier(images)  # otherwise XLA moves them once for each use
   if operation is not None:
@@ -178,20 +215,34 @@ def _transform(config: Any, key: Array, positions: Array, images: Array) -> Arra
   return images
 
 
-def _move(config: Any, draws: Array, new: Array, operation: tuple[Array, Array] | None, images: Array) -> Array:
+def _move(
+  config: Any,
+  statistics: Statistics,
+  draws: Array,
+  new: Array,
+  operation: tuple[Array, Array] | None,
+  images: Array,
+) -> Array:
   """Applies the geometry, in the cheapest way that all of it can share: uint8 -> uint8 or float32 levels."""
   height, width = images.shape[1:3]
+  size = input_shape(images.shape[1:], statistics, config)[:2]
   mirror = draws[:, _FLIP] < (0.5 if config.flip else 0)
   # A whole number of pixels; each of -shift..shift has the same probability.
   shift = jnp.floor(draws[:, (_SHIFT_Y, _SHIFT_X)] * (2 * config.shift + 1)).astype(jnp.int32) - config.shift
-  window = geometry.random_window(config.crop, new[:, _CROP], height, width) if config.crop else None
+  window = None
+  if config.crop:
+    window = geometry.random_window(config.crop, new[:, _CROP], height, width)
+  elif size != (height, width):  # what evaluation cuts out, at the size of training
+    tall, wide = input_shape(images.shape[1:], statistics)[:2]
+    centre = (height - tall) // 2, (width - wide) // 2, tall, wide
+    window = jnp.broadcast_to(jnp.array(centre, jnp.float32), (len(images), 4))
   if config.rotate or config.scale or operation is not None:
     angle = math.radians(config.rotate) * (2 * draws[:, _ROTATE] - 1)
     zoom = 1 + config.scale * (2 * draws[:, _SCALE] - 1)
-    after = None if operation is None else trivial.geometry(*operation, height, width)
-    return geometry.warp(images, mirror, angle, zoom, shift, config.padding, window, after)
+    after = None if operation is None else trivial.geometry(*operation, *size)
+    return geometry.warp(images, mirror, angle, zoom, shift, config.padding, window, after, size)
   if window is not None:
-    return geometry.crop(images, mirror, shift, config.padding, window)
+    return geometry.crop(images, mirror, shift, config.padding, window, size)
   if config.flip:
     images = jnp.where(mirror[:, None, None, None], images[:, :, ::-1], images)
   return geometry.translate(images, shift, config.shift, config.padding) if config.shift else images

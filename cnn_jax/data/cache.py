@@ -30,6 +30,8 @@ _VERSION = 2
 _PIECE = 2**20  # bytes of an array that are read or written at a time, which fit into the processor's cache
 _MAX_HEADER_BYTES = 2**28
 _DAY = 86_400.0
+_KEPT = ('decoded-', 'index-')  # how the names of the files begin that have their room in common
+_UNFINISHED = tuple(f'.{begin}' for begin in _KEPT)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -128,11 +130,9 @@ class Copy:
     size = sum(array.nbytes for array in arrays.values())
     with contextlib.suppress(OSError):  # the home may be read-only: the next run decodes again
       self._file.parent.mkdir(parents=True, exist_ok=True)
-      limit = _limit(self._file.parent)
       self._remove_stale()
-      if size > min(limit, shutil.disk_usage(self._file.parent).free):
+      if not make_room(self._file, size):
         return
-      _prune(self._file.parent, limit - size, self._file)
       with files.open_atomically(self._file, private=True) as stream:
         _write(stream, self._fingerprint, facts, arrays, self._order)
 
@@ -221,6 +221,28 @@ class Lock:
     return True
 
 
+def make_room(file: pathlib.Path, size: int) -> bool:
+  """Makes room for a decoded copy or an index; see `index.Index`.
+
+  Those that were not used for the longest time are removed.
+
+  Args:
+    file: that will be written, in the cache.
+    size: of it, in bytes.
+
+  Returns:
+    Whether there is room.
+
+  Raises:
+    OSError: the disk failed.
+  """
+  limit = min(MAX_BYTES, shutil.disk_usage(file.parent).total // 10)
+  if size > min(limit, shutil.disk_usage(file.parent).free):
+    return False
+  _prune(file.parent, limit - size, file)
+  return True
+
+
 def _hash(text: str) -> str:
   return hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:16]
 
@@ -275,19 +297,15 @@ def _pieces(order: np.ndarray, row_bytes: int) -> Iterator[np.ndarray]:
   return (order[start : start + rows] for start in range(0, len(order), rows))
 
 
-def _limit(directory: pathlib.Path) -> int:
-  return min(MAX_BYTES, shutil.disk_usage(directory).total // 10)
-
-
 def _prune(directory: pathlib.Path, limit: int, keep: pathlib.Path) -> None:
-  """Removes the copies that were not used for the longest time until the rest fit, and what stopped processes left."""
+  """Removes what was not used for the longest time until the rest fits, and what stopped processes left."""
   copies = []
   for path in directory.iterdir():
     with contextlib.suppress(OSError):
       status = path.lstat()
-      if path.name.startswith('decoded-') and path != keep:
+      if path.name.startswith(_KEPT) and path != keep:
         copies.append((status.st_mtime, status.st_size, path))
-      elif path.name.startswith('.decoded-') and time.time() - status.st_mtime > _DAY:
+      elif path.name.startswith(_UNFINISHED) and time.time() - status.st_mtime > _DAY:
         path.unlink()
   total = sum(size for _, size, _ in copies)
   for _, size, path in sorted(copies):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -10,17 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import PIL
 
 from cnn_jax import UsageError, command
-from cnn_jax.data import cache, images, twins
+from cnn_jax.data import cache, images, jpeg, twins
 from cnn_jax.data.decoded import Decoded
-from cnn_jax.data.lazy import LazyImages, read_ahead, refuse
+from cnn_jax.data.index import Index
+from cnn_jax.data.lazy import LazyImages, fits, read_ahead, refuse
 from cnn_jax.progress import Counter
 
-MAX_DECODED_BYTES = 8 * 2**30
 MIN_CACHED_SECONDS = 0.5  # a set that decodes faster is not worth the disk space of a copy
 _CHUNK = 64  # images that a thread decodes before it reports progress
+_SAMPLE = 256  # images of a set that is not kept in memory from which its channels and levels are determined
 
 Read = Callable[[np.ndarray], Iterator[tuple[Any, int, str]]]
 
@@ -54,16 +55,20 @@ def decode(
   """
   count = sum(map(len, runs))
   order = np.arange(count) if order is None else order
-  settings = (config_data.image_size, config_data.channels, config_data.resize, config_data.bit_depth)
-  copy = cache.Copy(location, [PIL.__version__, *settings, compare, labels is None], fingerprint, order)
+  settings = [jpeg.decoder(), *(config_data[name] for name in ('image_size', 'channels', 'resize', 'bit_depth'))]
+  copy = cache.Copy(location, [*settings, compare, labels is None], fingerprint, order)
   decoded = _restore(copy, order, labels)
   if decoded is None:
     loader = _Loader(config_data, read, runs, location)
-    work = _Work(loader, read, [run[i : i + _CHUNK] for run in runs for i in range(0, len(run), _CHUNK)], count)
-    if count * loader.first.nbytes > MAX_DECODED_BYTES:
-      decoded = _decode_lazily(work, labels, config_data.on_bad_image)
-    else:
-      decoded = _decode_once(work, copy, order, labels, compare)
+    work = _Work(loader, read, [run[i : i + _CHUNK] for run in runs for i in range(0, len(run), _CHUNK)], count, labels)
+    pixels = count * loader.first[..., 0].nbytes
+    if not fits(pixels * (loader.channels or 3), config_data):
+      known = _read_labels(work, Index(location, ['labels'], fingerprint)) if labels is None else labels
+      seen, every = dataclasses.replace(work, labels=known), config_data.on_bad_image == 'skip'
+      looks = cache.Copy(location, ['looks', *settings, every], fingerprint, order)
+      decoded = _obtain(looks, order, seen, functools.partial(_look, seen, every), lazy=True)
+    if decoded is None or fits(pixels * decoded.images.shape[3], config_data):
+      decoded = _obtain(copy, order, work, functools.partial(_decode_now, work, compare))
   if decoded.bad and config_data.on_bad_image == 'error':
     raise refuse({decoded.names[index]: reason for index, reason in decoded.bad.items()}, count, location)
   for label in np.unique(decoded.labels[list(decoded.bad)]) if decoded.bad else ():
@@ -110,7 +115,7 @@ class _Loader:
     raise refuse(bad, len(bad), location)
 
   def load(self, file: Any, name: str, channels: int, bit_depth: int) -> images.Picture:
-    """Loads an image with 1 or 3 channels. If grey is an assumption about the set, a colour image refutes it.
+    """Loads an image with 1 or 3 channels, or, if 0, as it is. A colour image refutes an assumption that all are grey.
 
     Raises:
       UsageError: the image cannot be read, or its size is not that of the first.
@@ -124,8 +129,8 @@ class _Loader:
         f'{name} has {height}x{width} pixels but {self._first_name} has {self.first.shape[0]}x{self.first.shape[1]}; '
         'set config.data.image_size to resize all images to one size.'
       )
-    if found != channels:
-      raise _NotGreyError
+    if assumed and found != channels:
+      raise _NotGreyError(name)
     return picture
 
   def _load(self, file: Any, name: str, channels: int, bit_depth: int) -> images.Picture:
@@ -140,122 +145,168 @@ class _Work:
   read: Read
   chunks: Sequence[np.ndarray]
   count: int
+  labels: np.ndarray | None  # if they are known already
 
 
-def _decode_lazily(work: _Work, labels: np.ndarray | None, on_bad_image: str) -> Decoded:
-  """Reads the labels alone. Images are RGB if `channels` is 0: looking for colour would decode the whole set.
+class _Noted:
+  """What is noticed about images while they are decoded, by index."""
 
-  Bad images are found when they are needed; to leave them out, they must be found now.
-  """
-  loader = work.loader
-  channels = loader.channels or 3
-  if labels is None:
-    labels = np.empty(work.count, np.int32)
-    for chunk in work.chunks:
-      labels[chunk] = [label for _, label, _ in work.read(chunk)]
+  def __init__(self, work: _Work):
+    self._work = work
+    self.labels = np.zeros(work.count, np.int32) if work.labels is None else work.labels
+    self.cut, self.bits = np.full(work.count, np.nan, np.float32), np.zeros(work.count, np.uint8)
+    self.bad: dict[int, str] = {}
+    self.remarks: dict[int, str] = {}
+    self.names: dict[int, str] = {}
 
-  def decode_one(index: int) -> np.ndarray:
-    file, _, name = next(work.read(np.array([index])))
-    return loader.load(file, name, channels, loader.bit_depth).pixels
-
-  bad: dict[int, str] = {}
-  names: dict[int, str] = {}
-
-  def check(chunk: np.ndarray) -> int:
-    for index, (file, _, name) in zip(chunk.tolist(), work.read(chunk), strict=True):
+  def load(self, chunk: np.ndarray, channels: int, bit_depth: int) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Yields index and pixels of each image; None if it cannot be read."""
+    work = self._work
+    for index, (file, label, name) in zip(chunk.tolist(), work.read(chunk), strict=True):
+      if work.labels is None:
+        self.labels[index] = label
       try:
-        loader.load(file, name, channels, loader.bit_depth)
+        picture = work.loader.load(file, name, channels, bit_depth)
       except images.UnreadableError as error:
-        bad[index], names[index] = error.reason, name
+        self.bad[index], self.names[index] = error.reason, name
+        yield index, None
+        continue
+      self.cut[index], self.bits[index] = picture.cut, picture.bits
+      if picture.remarks:
+        self.remarks[index], self.names[index] = ' '.join(picture.remarks[0].split()).rstrip('.'), name
+      yield index, picture.pixels
+
+  def describe(self, made: Any, bit_depth: int, twice: Any = None) -> Decoded:
+    """The decoded set with the images `made`."""
+    cut = self.cut[~np.isnan(self.cut)]
+    mean = float(cut.mean()) if len(cut) else 0.0
+    bad, remarks = (dict(sorted(values.items())) for values in (self.bad, self.remarks))
+    return Decoded(made, self.labels, bad, remarks, self.names, mean, bit_depth, twice)
+
+
+def _read_labels(work: _Work, index: Index) -> np.ndarray:
+  """Reads the labels of all records, int32 (N,), and keeps them in the cache: that takes a pass over the whole set."""
+  if (kept := index.read()) is not None:
+    return kept['labels']
+  labels = np.empty(work.count, np.int32)
+
+  def read(chunk: np.ndarray) -> int:
+    labels[chunk] = [label for _, label, _ in work.read(chunk)]
     return len(chunk)
 
-  if on_bad_image == 'skip':
-    _run(work, check, 'images checked')
-  lazy = LazyImages(decode_one, np.arange(work.count), (*loader.first.shape[:2], channels), loader.location)
-  return Decoded(lazy, labels, dict(sorted(bad.items())), {}, names, bit_depth=loader.bit_depth)
+  _run(work.chunks, read, 'labels read')
+  index.write(labels=labels)
+  return labels
 
 
-def _decode_once(work: _Work, copy: cache.Copy, order: np.ndarray, labels: np.ndarray | None, compare: bool) -> Decoded:
-  """Decodes all images and leaves a copy, unless another process is doing that."""
+def _look(work: _Work, every: bool, touch: Callable[[], None]) -> Decoded:
+  """Looks at a sample of a set that is not kept in memory, or at every image, so that bad ones can be left out.
+
+  If `channels` is 0, the set is grey if all images that are looked at are.
+  """
+  loader, noted = work.loader, _Noted(work)
+  found = {loader.first.shape[2]}
+
+  def look(chunk: np.ndarray) -> int:
+    for _, pixels in noted.load(chunk, loader.channels, loader.bit_depth or 16):
+      if pixels is not None:
+        found.add(pixels.shape[2])
+      touch()
+    return len(chunk)
+
+  _run(work.chunks if every else _sample(work.chunks), look, f'images {"checked" if every else "looked at"}')
+  if not every:
+    noted.remarks.clear()  # the notes count them
+  bit_depth = loader.bit_depth or int(noted.bits.max(initial=0))
+  return noted.describe(_make_lazy(work, loader.channels or max(found), bit_depth), bit_depth)
+
+
+def _sample(chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """About `_SAMPLE` indices at equal distances, each array of them within a chunk."""
+
+  def spread(items: Any, count: int) -> list[Any]:
+    return [items[place] for place in np.unique(np.linspace(0, len(items) - 1, count).astype(int))]
+
+  chosen = spread(chunks, _SAMPLE)
+  return [np.array(spread(chunk, -(-_SAMPLE // len(chosen)))) for chunk in chosen]
+
+
+def _make_lazy(work: _Work, channels: int, bit_depth: int) -> LazyImages:
+  loader, read = work.loader, work.read
+
+  def decode_one(index: int) -> np.ndarray:
+    file, _, name = next(read(np.array([index])))
+    try:
+      return loader.load(file, name, channels, bit_depth).pixels
+    except _NotGreyError:
+      raise UsageError(
+        f'{name} is in colour, but all images of {loader.location} that were looked at are grey; set '
+        'config.data.channels=3.'
+      ) from None
+
+  return LazyImages(decode_one, np.arange(work.count), (*loader.first.shape[:2], channels), loader.location)
+
+
+def _obtain(
+  copy: cache.Copy, order: np.ndarray, work: _Work, make: Callable[[Callable[[], None]], Decoded], lazy: bool = False
+) -> Decoded:
+  """Reads what is in the cache, or makes it and leaves it there, unless another process is doing that."""
+  restore = functools.partial(_restore, copy, order, work.labels, work if lazy else None)
+  if (decoded := restore()) is not None:
+    return decoded
   with copy.lock() as lock:
-    decoded = _restore(copy, order, labels) if lock.waited else None
+    decoded = restore() if lock.waited else None
     if decoded is None:
       start = time.monotonic()
-      decoded = _decode_now(work, labels, compare, lock.touch)
+      decoded = make(lock.touch)
       if time.monotonic() - start > MIN_CACHED_SECONDS:
-        _keep(copy, order, decoded, labels is None)
+        _keep(copy, order, decoded, work.labels is None)
         if getattr(decoded.images, 'nbytes', 0) > cache.RESIDENT_BYTES:  # they are read from the copy, as in later runs
-          decoded = _restore(copy, order, labels) or decoded
+          decoded = restore() or decoded
           command.return_freed_memory()
   return decoded
 
 
-def _decode_now(work: _Work, labels: np.ndarray | None, compare: bool, touch: Callable[[], None]) -> Decoded:
+def _decode_now(work: _Work, compare: bool, touch: Callable[[], None]) -> Decoded:
   """Decodes all images. If `channels` is 0 and the first one is grey, all are assumed to be until one is not."""
   try:
-    return _decode_as(work.loader.first.shape[2], work, labels, compare, touch)
+    return _decode_as(work.loader.first.shape[2], work, compare, touch)
   except _NotGreyError:
-    return _decode_as(3, work, labels, compare, touch)
+    return _decode_as(3, work, compare, touch)
 
 
-def _decode_as(
-  channels: int, work: _Work, given: np.ndarray | None, compare: bool, touch: Callable[[], None]
-) -> Decoded:
+def _decode_as(channels: int, work: _Work, compare: bool, touch: Callable[[], None]) -> Decoded:
   """Decodes all images in threads and shows the progress."""
-  loader, count = work.loader, work.count
-  decoded = np.empty((count, *loader.first.shape[:2], channels), np.uint8)
-  labels = np.zeros(count, np.int32) if given is None else given
-  cut, bits = np.zeros(count, np.float32), np.zeros(count, np.uint8)
-  signatures = np.zeros((count, twins.width(channels)), np.uint8) if compare else None
-  bad: dict[int, str] = {}
-  remarks: dict[int, str] = {}
-  names: dict[int, str] = {}
+  loader, noted = work.loader, _Noted(work)
+  decoded = np.empty((work.count, *loader.first.shape[:2], channels), np.uint8)
+  signatures = np.zeros((work.count, twins.width(channels)), np.uint8) if compare else None
   bit_depth = loader.bit_depth or 16
 
   def decode_chunk(chunk: np.ndarray) -> int:
-    for index, (file, label, name) in zip(chunk.tolist(), work.read(chunk), strict=True):
-      if given is None:
-        labels[index] = label
-      try:
-        picture = loader.load(file, name, channels, bit_depth)
-      except images.UnreadableError as error:
-        decoded[index] = 0
-        bad[index], names[index] = error.reason, name
-        continue
-      decoded[index], cut[index], bits[index] = picture.pixels, picture.cut, picture.bits
-      if picture.remarks:
-        remarks[index], names[index] = ' '.join(picture.remarks[0].split()).rstrip('.'), name
+    for index, pixels in noted.load(chunk, channels, bit_depth):
+      decoded[index] = 0 if pixels is None else pixels
       touch()
     if signatures is not None and len(chunk):
       signatures[chunk] = twins.sign(decoded[chunk])
     return len(chunk)
 
-  _run(work, decode_chunk, 'images decoded')
-  highest = int(bits.max(initial=0))
+  _run(work.chunks, decode_chunk, 'images decoded')
+  highest = int(noted.bits.max(initial=0))
   if 0 < highest < bit_depth and not loader.bit_depth:
     # The levels of the set use fewer bits than its files have. Only now that is known.
     bit_depth = highest
-    deep = [chunk[bits[chunk] > 0] for chunk in work.chunks]
-    _run(dataclasses.replace(work, chunks=[chunk for chunk in deep if len(chunk)]), decode_chunk, 'images scaled')
-  cut = np.delete(cut, list(bad)) if bad else cut
-  return Decoded(
-    decoded,
-    labels,
-    dict(sorted(bad.items())),
-    dict(sorted(remarks.items())),
-    names,
-    float(cut.mean()) if len(cut) else 0.0,
-    loader.bit_depth or (bit_depth if highest else 0),
-    None if signatures is None else twins.find(decoded, signatures),
-  )
+    deep = [chunk[noted.bits[chunk] > 0] for chunk in work.chunks]
+    _run([chunk for chunk in deep if len(chunk)], decode_chunk, 'images scaled')
+  twice = None if signatures is None else twins.find(decoded, signatures)
+  return noted.describe(decoded, loader.bit_depth or (bit_depth if highest else 0), twice)
 
 
-def _run(work: _Work, function: Callable[[np.ndarray], int], what: str) -> None:
+def _run(chunks: Sequence[np.ndarray], function: Callable[[np.ndarray], int], what: str) -> None:
   """Calls a function of chunks in threads and shows how many images are done."""
-  counter, done = Counter(what, sum(map(len, work.chunks))), 0
+  counter, done = Counter(what, sum(map(len, chunks))), 0
   with (
     images.attributed_warnings(),
-    contextlib.closing(read_ahead(work.chunks, function, len(work.chunks), group=1)) as counts,
+    contextlib.closing(read_ahead(chunks, function, len(chunks), group=1)) as counts,
   ):
     try:
       for number in counts:
@@ -266,7 +317,7 @@ def _run(work: _Work, function: Callable[[np.ndarray], int], what: str) -> None:
 
 
 class _NotGreyError(Exception):
-  """A set whose first image is grey contains a colour image."""
+  """A set that is assumed to be grey contains a colour image."""
 
 
 def _keep(copy: cache.Copy, order: np.ndarray, decoded: Decoded, with_labels: bool) -> None:
@@ -279,13 +330,17 @@ def _keep(copy: cache.Copy, order: np.ndarray, decoded: Decoded, with_labels: bo
   if decoded.twins is not None:
     groups, near = decoded.twins
     twice = [[[place[index] for index in group] for group in groups], [place[index] for index in near]]
+  seen = {'cut': decoded.cut, 'bit_depth': decoded.bit_depth, 'channels': decoded.images.shape[3]}
   copy.write(
-    {**facts, 'cut': decoded.cut, 'bit_depth': decoded.bit_depth, 'twins': twice},
+    {**facts, **seen, 'twins': twice},
     {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)},
   )
 
 
-def _restore(copy: cache.Copy, order: np.ndarray, labels: np.ndarray | None) -> Decoded | None:
+def _restore(
+  copy: cache.Copy, order: np.ndarray, labels: np.ndarray | None, work: _Work | None = None
+) -> Decoded | None:
+  """What is in the cache, or None. `work` decodes the images if they are not there."""
   found = copy.read()
   if found is None:
     return None
@@ -293,8 +348,9 @@ def _restore(copy: cache.Copy, order: np.ndarray, labels: np.ndarray | None) -> 
   noted = [{int(order[place]): text for place, text in facts[name]} for name in ('bad', 'remarks', 'names')]
   bad, remarks = (dict(sorted(values.items())) for values in noted[:2])
   kept = arrays['labels'] if labels is None else labels
+  made = arrays['images'] if work is None else _make_lazy(work, facts['channels'], facts['bit_depth'])
   twice = None
   if facts['twins'] is not None:
     groups, near = facts['twins']
     twice = [sorted(order[group].tolist()) for group in groups], [int(order[place]) for place in near]
-  return Decoded(arrays['images'], kept, bad, remarks, noted[2], facts['cut'], facts['bit_depth'], twice)
+  return Decoded(made, kept, bad, remarks, noted[2], facts['cut'], facts['bit_depth'], twice)

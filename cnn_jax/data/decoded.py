@@ -22,7 +22,7 @@ class Decoded:
 
   Attributes:
     images: uint8 (N, H, W, C); `cache.Rows` of that shape if they exceed `cache.RESIDENT_BYTES`, and `LazyImages` if
-      they exceed `decode.MAX_DECODED_BYTES`.
+      they are not kept in memory; see `lazy.fits`.
     labels: int32 (N,).
     bad: why images could not be read, by index; `select` leaves these out.
     remarks: oddities that did not prevent reading, by index.

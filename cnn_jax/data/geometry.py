@@ -34,6 +34,7 @@ def warp(
   padding: str,
   window: Array | None = None,
   after: Affine | None = None,
+  size: tuple[int, int] | None = None,
 ) -> Array:
   """Crops, mirrors left-right, rotates and zooms about the centre, shifts, then maps, with bilinear interpolation.
 
@@ -47,14 +48,16 @@ def warp(
     zoom: float32 (B,), greater than 1 enlarges.
     shift: int32 (B, 2), pixels down and to the right.
     padding: the pixels outside the image: 'constant' (mean level of the four corners) | 'reflect'.
-    window: float32 (B, 4), top, left, height and width of the part that is enlarged to the whole canvas first. It is
-      never reduced, so nothing has to be smoothed.
+    window: float32 (B, 4), top, left, height and width of the part that is brought to the size of the result first. A
+      larger window is sampled without smoothing. Down to half its size no pixel of it is skipped, and fine patterns
+      alias a little.
     after: the last step.
+    size: (h, w) of the result; None: of the images. Another one needs a window.
 
   Returns:
-    float32 (B, H, W, C) in [0, 255].
+    float32 (B, h, w, C) in [0, 255].
   """
-  height, width = images.shape[1:3]
+  height, width = size or images.shape[1:3]
   row = jnp.arange(height)[None, :, None].astype(jnp.float32)
   column = jnp.arange(width)[None, None, :].astype(jnp.float32)
   if after is not None:
@@ -62,10 +65,10 @@ def warp(
     row, column = row + (height - 1) / 2, column + (width - 1) / 2
   row, column = _source_coordinates(row, column, height, width, mirror, angle, zoom, shift)
   if window is not None:
-    row, column = _in_window(row, column, window[:, :, None, None], height, width)
+    row, column = _in_window(row, column, window[:, :, None, None], (height, width), images.shape[1:3])
   # A frame of one pixel before and two after the image, so that all four neighbours of any place exist.
   framed = _pad(images, ((1, 2), (1, 2)), 'constant')
-  row, column = _in_frame(row, height, padding), _in_frame(column, width, padding)
+  row, column = _in_frame(row, images.shape[1], padding), _in_frame(column, images.shape[2], padding)
   top, left = jnp.floor(row), jnp.floor(column)
   neighbours = _gather_2x2(framed, top, left)
   # Without the barrier XLA may fuse the gather into each of its uses and compute it several times.
@@ -73,20 +76,22 @@ def warp(
   return _bilinear(neighbours, below_top[..., None], right_of_left[..., None])
 
 
-def crop(images: Array, mirror: Array, shift: Array, padding: str, window: Array) -> Array:
+def crop(
+  images: Array, mirror: Array, shift: Array, padding: str, window: Array, size: tuple[int, int] | None = None
+) -> Array:
   """What `warp` does without a rotation and a zoom; a tenth of the time on a CPU, since whole rows are read.
 
   Args:
-    images, mirror, shift, padding, window: as for `warp`.
+    images, mirror, shift, padding, window, size: as for `warp`.
 
   Returns:
-    float32 (B, H, W, C) in [0, 255].
+    float32 (B, h, w, C) in [0, 255].
   """
-  height, width = images.shape[1:3]
+  height, width = size or images.shape[1:3]
   row = (jnp.arange(height)[None] - shift[:, :1]).astype(jnp.float32)
   column = (jnp.arange(width)[None] - shift[:, 1:]).astype(jnp.float32)
   column = jnp.where(mirror[:, None], width - 1 - column, column)
-  row, column = _in_window(row, column, window[:, :, None], height, width)
+  row, column = _in_window(row, column, window[:, :, None], (height, width), images.shape[1:3])
   # The barriers keep XLA from computing what is gathered from once for each of its uses.
   barrier = jax.lax.optimization_barrier
   framed = barrier(_pad(images, ((1, 2), (1, 2)), 'constant'))
@@ -98,7 +103,8 @@ def crop(images: Array, mirror: Array, shift: Array, padding: str, window: Array
     parts = [lines.at[:, left.astype(jnp.int32) + i].get(mode='promise_in_bounds') for i in range(2)]
     return parts[0] + (parts[1] - parts[0]) * (column - left)[None, :, None]
 
-  return jax.vmap(read)(framed, *barrier((_in_frame(row, height, padding), _in_frame(column, width, padding))))
+  places = _in_frame(row, images.shape[1], padding), _in_frame(column, images.shape[2], padding)
+  return jax.vmap(read)(framed, *barrier(places))
 
 
 def random_window(smallest: float, draws: Array, height: int, width: int) -> Array:
@@ -174,15 +180,17 @@ def _source_coordinates(
   return from_row, jnp.where(mirror[:, None, None], width - 1 - from_column, from_column)
 
 
-def _in_window(row: Array, column: Array, window: Array, height: int, width: int) -> tuple[Array, Array]:
-  """Coordinates in the image of places on the canvas to which a window is enlarged; (B, 4, ...) holds the windows.
+def _in_window(
+  row: Array, column: Array, window: Array, size: tuple[int, ...], image_size: tuple[int, ...]
+) -> tuple[Array, Array]:
+  """Coordinates in the image of places in the result, to whose size a window is brought; (B, 4, ...) holds the windows.
 
   The outer half of the image's outer pixels has their level, so that a crop at the border shows no padding.
   """
   top, left, tall, wide = (window[:, i] for i in range(4))
-  row = top + (row + 0.5) * (tall / height) - 0.5
-  column = left + (column + 0.5) * (wide / width) - 0.5
-  return _clip_half(row, height), _clip_half(column, width)
+  row = top + (row + 0.5) * (tall / size[0]) - 0.5
+  column = left + (column + 0.5) * (wide / size[1]) - 0.5
+  return _clip_half(row, image_size[0]), _clip_half(column, image_size[1])
 
 
 def _clip_half(place: Array, size: int) -> Array:

@@ -1,6 +1,5 @@
 """What makes two data sets the same, wherever they lie: a fingerprint, and what differs if it is another one."""
 
-import collections
 import csv
 import hashlib
 import io
@@ -8,14 +7,15 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import IO, Any
 
 import numpy as np
 
 from cnn_jax import UsageError, files
-from cnn_jax.data import Dataset, Split
+from cnn_jax.data import Dataset, Split, jpeg
 from cnn_jax.data.lazy import LazyImages
+from cnn_jax.data.paths import Paths
 
 LISTING = 'data.csv'  # in the workdir: the files of the data set
 _SPLITS = ('train', 'validation', 'test')
@@ -38,18 +38,11 @@ def identify(dataset: Dataset) -> dict[str, Any]:
     JSON values: `class_names`; `image_shape`, [height, width, channels]; `splits`, for each split a list of
     [count, digest] per class; `sha256` over these. Beside them `pixels`, for each split a digest per class of about
     64 pixels of each image, and the `decoder`: decoders may differ in the last bit, so that pixels are only compared if
-    it is the same. `pixels` is empty if the images are decoded when they are needed.
+    it is the same. `pixels` is empty if the images are decoded when they are needed. It is computed once for a data set.
   """
-  identity: dict[str, Any] = {
-    'class_names': list(dataset.class_names),
-    'image_shape': [int(side) for side in dataset.train.images.shape[1:]],
-    'splits': {name: _classes(getattr(dataset, name), len(dataset.class_names)) for name in _SPLITS},
-  }
-  sha256 = hashlib.sha256(repr(sorted(identity.items())).encode(errors='replace')).hexdigest()
-  parts = {name: getattr(dataset, name) for name in _SPLITS}
-  resident = not any(isinstance(part.images, LazyImages) for part in parts.values())
-  pixels = {name: _pixels(part, len(dataset.class_names)) for name, part in parts.items()} if resident else {}
-  return identity | {'sha256': sha256, 'pixels': pixels, 'decoder': _decoder()}
+  if 'sha256' not in dataset.identity:
+    dataset.identity.update(_identify(dataset))
+  return dict(dataset.identity)
 
 
 def check(recorded: Mapping[str, Any], dataset: Dataset, workdir: str | os.PathLike) -> None:
@@ -99,11 +92,13 @@ def find_differences(recorded: Mapping[str, Any], dataset: Dataset, listing: str
   if recorded.get('image_shape') != now['image_shape']:
     found.append(f'the images have the shape {now["image_shape"]}, then {recorded.get("image_shape")}')
   if not found:
-    then = _read_listing(listing)
-    for split in _SPLITS:
-      part, old = getattr(dataset, split), recorded.get('splits')
-      before = old.get(split) if isinstance(old, Mapping) else None
-      found += _differing_files(split, before, now['splits'][split], part, dataset.class_names, then)
+    differing = list(_differing_members(recorded.get('splits'), now['splits']))
+    names = dataset.class_names
+    then = _read_listing(listing, {(split, names[label]) for split, label, _ in differing})
+    for split, label, count in differing:
+      part, name = getattr(dataset, split), names[label]
+      clause = f'{split} has {now["splits"][split][label][0]} images of {name!r}, then {count}'
+      found.append(clause + _differing_files(then.get((split, name)), _sizes(part, label)))
   found = found or ['its identity was recorded in another form']
   return '; '.join(found[:_SHOWN]) + (f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else '')
 
@@ -133,6 +128,21 @@ def write_record(workdir: str | os.PathLike, dataset: Dataset, identified: Mappi
     raise UsageError(f'cannot write to {workdir}: {error.strerror}; correct that or use another --workdir.') from error
 
 
+def _identify(dataset: Dataset) -> dict[str, Any]:
+  parts = {name: getattr(dataset, name) for name in _SPLITS}
+  num_classes = len(dataset.class_names)
+  identity: dict[str, Any] = {
+    'class_names': list(dataset.class_names),
+    'image_shape': [int(side) for side in dataset.train.images.shape[1:]],
+    # The source of a large set may know them.
+    'splits': dataset.identity.get('splits') or {name: _classes(part, num_classes) for name, part in parts.items()},
+  }
+  sha256 = hashlib.sha256(repr(sorted(identity.items())).encode(errors='replace')).hexdigest()
+  resident = not any(isinstance(part.images, LazyImages) for part in parts.values())
+  pixels = {name: _pixels(part, num_classes) for name, part in parts.items()} if resident else {}
+  return identity | {'sha256': sha256, 'pixels': pixels, 'decoder': _decoder()}
+
+
 def _write_rows(stream: IO[bytes], dataset: Dataset) -> None:
   # Names of files need not be UTF-8.
   text = io.TextIOWrapper(stream, encoding='utf-8', errors='surrogateescape', newline='')
@@ -140,15 +150,11 @@ def _write_rows(stream: IO[bytes], dataset: Dataset) -> None:
   writer.writerow(_COLUMNS)
   for split in _SPLITS:
     part = getattr(dataset, split)
-    for path, label, size in _files(part):
-      writer.writerow((path, dataset.class_names[label], split, size))
+    names = map(dataset.class_names.__getitem__, part.labels.tolist())
+    sizes = itertools.repeat(0) if part.sizes is None else part.sizes.tolist()
+    writer.writerows(zip(part.names or (), names, itertools.repeat(split), sizes))
   text.flush()
   text.detach()
-
-
-def _files(split: Split) -> Iterator[tuple[str, int, int]]:
-  sizes = split.sizes if split.sizes is not None else itertools.repeat(0)
-  return zip(split.names or (), split.labels.tolist(), (int(size) for size in sizes), strict=False)
 
 
 def _classes(split: Split, num_classes: int) -> list[list[Any]]:
@@ -158,10 +164,17 @@ def _classes(split: Split, num_classes: int) -> list[list[Any]]:
     order = np.argsort(split.labels, kind='stable').astype('<i8')
     parts = np.split(order, np.cumsum(counts)[:-1])
     return [[count, _digest([part.tobytes()])] for count, part in zip(counts, parts, strict=True)]
-  facts: list[list[bytes]] = [[] for _ in range(num_classes)]
-  for path, label, size in _files(split):
-    facts[label].append(b'%s\0%d\n' % (os.fsencode(path), size))
-  return [[count, _digest(sorted(of_class))] for count, of_class in zip(counts, facts, strict=True)]
+  digests = []
+  sizes = split.sizes if split.sizes is not None else np.zeros(len(split), np.int64)
+  order = np.argsort(split.labels, kind='stable')
+  for members in np.split(order, np.cumsum(counts)[:-1]):
+    names = split.names[members] if isinstance(split.names, Paths) else [split.names[index] for index in members]
+    facts = [
+      f'{path}\0{size}\n'.encode('utf-8', 'surrogateescape')
+      for path, size in zip(names, sizes[members].tolist(), strict=True)
+    ]
+    digests.append(_digest(sorted(facts)))
+  return [[count, digest] for count, digest in zip(counts, digests, strict=True)]
 
 
 def _pixels(split: Split, num_classes: int) -> list[str]:
@@ -176,9 +189,7 @@ def _pixels(split: Split, num_classes: int) -> list[str]:
 
 
 def _decoder() -> str:
-  from PIL import Image, features
-
-  return f'pillow {Image.__version__}, libjpeg {features.version("jpg")}, {platform.machine()}'
+  return f'{jpeg.decoder()}, {platform.machine()}'
 
 
 def _digest(facts: Iterable[bytes]) -> str:
@@ -215,50 +226,50 @@ def _differing_pixels(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> It
       yield f'the pixels of {split} images of {", ".join(map(repr, changed[:_SHOWN]))} have changed'
 
 
-class _File(NamedTuple):
-  split: str
-  label: str
-  path: str
+def _differing_members(recorded: Any, now: Mapping[str, list[list[Any]]]) -> Iterator[tuple[str, int, Any]]:
+  """Split, label and recorded number of images of each class of a split that has others now."""
+  for split in _SPLITS:
+    before = recorded.get(split) if isinstance(recorded, Mapping) else None
+    for label, after in enumerate(now[split]):
+      earlier = before[label] if isinstance(before, list) and label < len(before) else None
+      if earlier != after:
+        yield split, label, earlier[0] if isinstance(earlier, list) and earlier else 'an unknown number'
 
 
-def _differing_files(
-  split: str,
-  before: Any,
-  now: list[list[Any]],
-  part: Split,
-  class_names: tuple[str, ...],
-  listing: Mapping[_File, int],
-) -> Iterator[str]:
-  """A clause for each class of a split that has other files."""
-  sizes: dict[int, dict[_File, int]] = collections.defaultdict(dict)
-  for path, label, size in _files(part):
-    sizes[label][_File(split, class_names[label], path)] = size
-  then: dict[str, dict[_File, int]] = collections.defaultdict(dict)
-  for file, size in listing.items():
-    if file.split == split:
-      then[file.label][file] = size
-  for label, (name, after) in enumerate(zip(class_names, now, strict=True)):
-    earlier = before[label] if isinstance(before, list) and label < len(before) else None
-    if earlier == after:
-      continue
-    count = earlier[0] if isinstance(earlier, list) and earlier else 'an unknown number'
-    clause = f'{split} has {after[0]} images of {name!r}, then {count}'
-    if then[name]:
-      old, new = then[name], sizes[label]
-      names = [f'new: {file.path}' for file in new if file not in old]
-      names += [f'missing: {file.path}' for file in old if file not in new]
-      names += [f'other size: {file.path}' for file in old if file in new and old[file] != new[file]]
-      clause += f' ({", ".join(names[:_SHOWN])}{", ..." if len(names) > _SHOWN else ""})' if names else ''
-    yield clause
+def _differing_files(old: Mapping[str, int] | None, new: Mapping[str, int]) -> str:
+  """The first files that differ, by the sizes of both; '' if the recorded ones are not known."""
+  if not old:
+    return ''
+  names = [f'new: {path}' for path in new if path not in old]
+  names += [f'missing: {path}' for path in old if path not in new]
+  names += [f'other size: {path}' for path in old if path in new and old[path] != new[path]]
+  return f' ({", ".join(names[:_SHOWN])}{", ..." if len(names) > _SHOWN else ""})' if names else ''
 
 
-def _read_listing(file: str | os.PathLike) -> dict[_File, int]:
-  """The sizes of the files that a listing names; empty if it is missing or unusable, since it only explains."""
+def _sizes(split: Split, label: int) -> dict[str, int]:
+  """The sizes of the files of a class, by name."""
+  members = np.flatnonzero(split.labels == label)
+  if split.names is None:
+    return {}
+  sizes = np.zeros(len(split), np.int64) if split.sizes is None else split.sizes
+  return {split.names[index]: int(sizes[index]) for index in members.tolist()}
+
+
+def _read_listing(
+  file: str | os.PathLike, wanted: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], dict[str, int]]:
+  """The files and sizes of some classes of splits in a listing; none if it is unusable, since it only explains."""
+  found: dict[tuple[str, str], dict[str, int]] = {}
   try:
     with files.open_regular(file) as stream:
       if os.fstat(stream.fileno()).st_size > _MAX_LISTING_BYTES:
         return {}
-      rows = csv.DictReader(io.TextIOWrapper(stream, encoding='utf-8', errors='surrogateescape', newline=''))
-      return {_File(row['split'], row['label'], row['path']): int(row['bytes']) for row in rows}
-  except (OSError, csv.Error, KeyError, TypeError, ValueError):
+      rows = csv.reader(io.TextIOWrapper(stream, encoding='utf-8', errors='surrogateescape', newline=''))
+      header = next(rows, [])
+      path, label, split, size = (header.index(name) for name in _COLUMNS)
+      for row in rows:
+        if row and (row[split], row[label]) in wanted:
+          found.setdefault((row[split], row[label]), {})[row[path]] = int(row[size])
+    return found
+  except (OSError, csv.Error, IndexError, ValueError):
     return {}

@@ -11,8 +11,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from cnn_jax import UsageError
-from cnn_jax.data import listing
+from cnn_jax.data import directories, listing, paths
+from cnn_jax.data.directories import Directories
 from cnn_jax.data.listing import File, Passed, count, text
+from cnn_jax.data.paths import Files
 
 SPLITS = ('train', 'validation', 'test')
 _EXTRA = '(?:set|data|dataset|images?|imgs?|pictures?|photos?|split|folder|dir)*'
@@ -30,31 +32,34 @@ class Layout:
 
   Attributes:
     class_names: sorted; see `listing.text`.
-    parts: for `train`, and for each other split that the folder has, (label, file) of each image, sorted by class and
-      path.
+    parts: for `train`, and for each other split that the folder has, its images, sorted by class and path.
     problems: the entries that cannot be used.
     notes: a line about each kind of thing that is not used.
+    promoted: whether the test images have no labels, and validation is the test split; see `splits.by_class`.
   """
 
   class_names: tuple[str, ...]
-  parts: dict[str, list[tuple[int, File]]]
+  parts: dict[str, Files]
   problems: list[File]
   notes: list[str]
+  promoted: bool = False
 
 
 @dataclasses.dataclass
 class _Folder:
-  """A directory: the images that lie directly in it, its sub-directories, and what was passed over."""
+  """A directory: the images that lie directly in it, its sub-directories, and what was passed over.
+
+  Of a directory of the second level, all images at any depth count as lying in it.
+  """
 
   path: str
-  files: list[File] = dataclasses.field(default_factory=list)
+  files: Files = dataclasses.field(default_factory=lambda: paths.make([], []))
   folders: dict[str, '_Folder'] = dataclasses.field(default_factory=dict)
   passed: Passed = dataclasses.field(default_factory=Passed)
 
-  def images(self) -> list[File]:
+  def images(self) -> Files:
     """The images at any depth, sorted by path."""
-    found = [*self.files, *(file for folder in self.folders.values() for file in folder.images())]
-    return sorted(found) if self.folders else found
+    return directories.merge([self.files, *(folder.images() for folder in self.folders.values())])
 
   def holders(self) -> list[str]:
     """The names of the sub-directories that hold images at any depth."""
@@ -63,7 +68,7 @@ class _Folder:
   @property
   def kind(self) -> str:
     """Where its images are: files | folders | both | nowhere."""
-    if self.files:
+    if len(self.files):
       return 'both' if self.holders() else 'files'
     return 'folders' if self.holders() else 'nowhere'
 
@@ -75,18 +80,19 @@ class _Folder:
     return total
 
 
-def read(root: str, *, skip: bool = False) -> Layout:
+def read(root: str, *, skip: bool = False, listed: Directories | None = None) -> Layout:
   """Lists a folder of images and finds its splits and classes.
 
   Args:
     root: its path.
     skip: whether images that cannot be used are left out; otherwise they are an error.
+    listed: lists its directories; None: without an index.
 
   Raises:
     UsageError: the layout is neither of the two, or could be both, a class is empty, or two class names look alike.
   """
   problems: list[File] = []
-  top = _read_top(root, problems)
+  top = _read_top(root, problems, listed or Directories(root))
   listing.check(problems, root, skip=skip)
   named = {name: split for name in top.folders if (split := split_of(name))}
   notes: list[str] = []
@@ -97,18 +103,19 @@ def read(root: str, *, skip: bool = False) -> Layout:
   _check_empty(classes)
   class_names = check_names(list(classes['train']), f'{root} has the classes')
   labels = {name: label for label, name in enumerate(classes['train'])}
-  if top.files:
-    notes.append(
-      f'Images that lie in no class directory and are not used: {len(top.files):,}, such as {text(top.files[0].path)}.'
-    )
+  if len(top.files):
+    example = text(os.path.join(root, top.files.paths[0]))
+    notes.append(f'Images that lie in no class directory and are not used: {len(top.files):,}, such as {example}.')
+  unlabelled = any(split == 'test' and top.folders[name].kind == 'files' for name, split in named.items())
   return Layout(
     class_names,
     {
-      split: [(labels[name], file) for name, folder in folders.items() for file in folder.images()]
+      split: paths.join([folder.images().labelled(labels[name]) for name, folder in folders.items()])
       for split, folders in classes.items()
     },
     problems,
     [*notes, *top.total().notes()],
+    promoted=unlabelled and 'test' in classes,
   )
 
 
@@ -146,32 +153,29 @@ def fold(name: str) -> str:
   return plain if len(plain) == 1 else unicodedata.normalize('NFC', plain.casefold())
 
 
-def _read_top(root: str, problems: list[File]) -> _Folder:
+def _read_top(root: str, problems: list[File], listed: Directories) -> _Folder:
   """Lists everything. Only directories of the first two levels are told apart: they are splits or classes."""
-  top = _read_level(root, problems)
+  top = _read_level(root, problems, listed)
   seen = dict.fromkeys(listing.surroundings(root), root)
   for folder in list(top.folders.values()):
     if _is_new(folder, top, seen, root):
-      _fill(folder, _read_level(folder.path, problems))
-      _unwrap(folder, seen, problems)
+      _fill(folder, _read_level(folder.path, problems, listed))
+      _unwrap(folder, seen, problems, listed)
   for folder in top.folders.values():
     for inner in list(folder.folders.values()):
       _is_new(inner, folder, seen, root, folder.path)
   identities = set(seen)
   for folder in top.folders.values():
     for inner in folder.folders.values():
-      for file in listing.walk(inner.path, inner.passed, identities):
-        (problems if file.problem else inner.files).append(file)
-      inner.files.sort()
+      inner.files = listed.collect(inner.path, inner.passed, problems, identities)
+  listed.keep()
   return top
 
 
-def _read_level(path: str, problems: list[File]) -> _Folder:
+def _read_level(path: str, problems: list[File], listed: Directories) -> _Folder:
   folder = _Folder(path)
-  found = listing.scan(path, folder.passed)
-  folder.files = [file for file in found.files if not file.problem]
-  problems += [file for file in found.files if file.problem]
-  folder.folders = {name: _Folder(os.path.join(path, name)) for name in found.folders}
+  folder.files, names = listed.scan(path, folder.passed, problems)
+  folder.folders = {name: _Folder(os.path.join(path, name)) for name in names}
   return folder
 
 
@@ -180,13 +184,13 @@ def _fill(folder: _Folder, found: _Folder) -> None:
   folder.passed.add(found.passed)
 
 
-def _unwrap(folder: _Folder, seen: dict[tuple[int, int], str], problems: list[File]) -> None:
+def _unwrap(folder: _Folder, seen: dict[tuple[int, int], str], problems: list[File], listed: Directories) -> None:
   """Turns training_set/training_set/CLASS, as archives have it, into training_set/CLASS."""
   name = os.path.basename(folder.path)
   inner = folder.folders.get(name)
   alone = len(folder.folders) == 1 and not folder.files
   if inner and alone and split_of(name) and _is_new(inner, folder, seen, folder.path):
-    _fill(folder, _read_level(inner.path, problems))
+    _fill(folder, _read_level(inner.path, problems, listed))
 
 
 def _is_new(folder: _Folder, parent: _Folder, seen: dict[tuple[int, int], str], *ancestors: str) -> bool:
@@ -228,9 +232,14 @@ def _read_splits(top: _Folder, named: Mapping[str, str], notes: list[str]) -> di
   unlabelled = of_split.get('test')
   if unlabelled and unlabelled.kind == 'files':
     del of_split['test']
+    if 'validation' in of_split:
+      of_split['test'] = of_split.pop('validation')
+    other = 'the test split is carved out of train'
+    if 'test' in of_split:
+      other = f'{text(of_split["test"].path)} is the test split'
     notes.append(
       f'{text(unlabelled.path)} holds {count(len(unlabelled.files), "image")} without labels, for python -m cnn_jax.predict; '
-      'the test split is carved out of train.'
+      f'{other}.'
     )
   for folder in of_split.values():
     if folder.kind == 'nowhere':
@@ -240,7 +249,7 @@ def _read_splits(top: _Folder, named: Mapping[str, str], notes: list[str]) -> di
     if folder.kind == 'both':
       raise UsageError(
         f'{folder.path} holds class directories, and {count(len(folder.files), "image")} in none of them, such as '
-        f'{os.path.basename(folder.files[0].path)!r}; move them into a class directory or elsewhere.'
+        f'{os.path.basename(folder.files.paths[0])!r}; move them into a class directory or elsewhere.'
       )
   classes = {split: _classes(of_split[split]) for split in SPLITS if split in of_split}
   if len(classes['train']) < 2:
@@ -272,7 +281,7 @@ def _read_classes(top: _Folder, named: Mapping[str, str]) -> dict[str, _Folder]:
     if split != 'train':
       _refuse_without_train(top.folders[name], top)
   if len(classes) < 2:
-    if top.files and not classes:
+    if len(top.files) and not classes:
       _refuse_unlabelled(top)
     _refuse_few(top, classes)
   _check_levels(top, classes)
@@ -354,11 +363,13 @@ def _refuse_few(folder: _Folder, classes: Mapping[str, _Folder]) -> None:
 
 def _refuse_unlabelled(folder: _Folder) -> None:
   """Raises the error of images that are in no class directory; says how to give their labels in a table."""
-  names = [os.path.basename(file.path) for file in folder.files]
+  names = list(map(os.path.basename, folder.files.paths))
   begin = re.compile(r'([^\W\d_]{2,})[\W\d_]')
   words = {match[1] for name in names if (match := begin.match(name))}
   near = [folder.path] + ([os.path.dirname(folder.path)] if split_of(os.path.basename(folder.path)) else [])
-  tables = [os.path.join(path, name) for path in near for name in _names(path) if name.lower().endswith('.csv')]
+  tables = [
+    os.path.join(path, name) for path in near for name in _names(path) if name.lower().endswith(('.csv', '.parquet'))
+  ]
   tables.sort(key=lambda path: not re.search('train|label', os.path.basename(path).lower()))
   if tables:
     way = f'if {tables[0]} gives the labels, use it: --config.data.table={tables[0]} --config.data.dir={folder.path}'

@@ -19,6 +19,18 @@ _AHEAD = 256  # images that may be decoded before their place in the array is re
 _GROUP = 16  # items that a thread reads at a time; for fewer, handing them over takes longer than reading them
 
 
+def fits(num_bytes: int, config_data: Any) -> bool:
+  """Whether decoded images are kept in memory, by `config.data.resident` and `config.data.megabytes`.
+
+  Args:
+    num_bytes: that they take.
+    config_data: the section `config.data`.
+  """
+  return config_data.resident == 'always' or (
+    config_data.resident == 'auto' and num_bytes <= 1_000_000 * config_data.megabytes
+  )
+
+
 class LazyImages:
   """Images that are decoded, in threads, when they are indexed; see `RandomAccessImages`.
 
@@ -51,6 +63,19 @@ class LazyImages:
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     """Decodes all images into one array, which is all the memory that this takes, and shows the progress."""
     return self._decode(self._indices, Counter('images decoded', len(self))).astype(dtype or np.uint8, copy=False)
+
+  def read(self, indices: np.ndarray) -> np.ndarray:
+    """Decodes some images one after another, in the thread that calls; for callers that have threads of their own."""
+    decoded = np.empty((len(indices), *self.shape[1:]), np.uint8)
+    bad = {}
+    for place, index in enumerate(self._indices[indices]):
+      try:
+        decoded[place] = self._decode_one(index)
+      except images.UnreadableError as error:
+        bad[error.name] = error.reason
+    if bad:
+      raise refuse(bad, len(self), self._location)
+    return decoded
 
   def part(self, indices: np.ndarray) -> 'LazyImages':
     """Returns the images at some indices, still lazy."""

@@ -82,10 +82,18 @@ class Passed:
 
 
 class Scan(NamedTuple):
-  """The entries of one folder: its files, and the names of its sub-folders, both sorted."""
+  """The entries of one folder.
+
+  Attributes:
+    files: sorted.
+    folders: the names of its sub-folders, sorted.
+    lasting: whether all that stays the same until the folder itself changes. Links to folders, and entries that cannot
+      be used, may change without it.
+  """
 
   files: list[File]
   folders: list[str]
+  lasting: bool = True
 
 
 def scan(folder: str, passed: Passed) -> Scan:
@@ -98,7 +106,7 @@ def scan(folder: str, passed: Passed) -> Scan:
   Returns:
     The files and sub-folders. A folder that cannot be listed is a file with a problem.
   """
-  files, folders, prefix = [], [], os.path.join(folder, '')
+  files, folders, prefix, lasting = [], [], os.path.join(folder, ''), True
   try:
     with os.scandir(folder) as entries:
       for entry in entries:
@@ -107,12 +115,14 @@ def scan(folder: str, passed: Passed) -> Scan:
           continue
         try:
           if entry.is_dir():
+            lasting = lasting and not entry.is_symlink()
             if name.lower() in JUNK:
               passed.junk.append(prefix + name)
             else:
               folders.append(name)
             continue
-          suffix = os.path.splitext(name)[1].lower()
+          dot = name.rfind('.')
+          suffix = name[dot:].lower() if dot > 0 else ''
           # A link that leads nowhere may have been a folder, which has no suffix.
           if suffix not in _SUFFIXES and not (suffix == '' and entry.is_symlink() and not os.path.exists(entry.path)):
             if name.lower() not in _JUNK_FILES:
@@ -124,8 +134,8 @@ def scan(folder: str, passed: Passed) -> Scan:
           continue
         files.append(_check(prefix + name, status))
   except OSError as error:
-    return Scan([File(folder, problem=f'cannot be listed: {error.strerror}')], [])
-  return Scan(sorted(files), sorted(folders))
+    return Scan([File(folder, problem=f'cannot be listed: {error.strerror}')], [], lasting=False)
+  return Scan(sorted(files), sorted(folders), lasting and not any(file.problem for file in files))
 
 
 def walk(folder: str, passed: Passed, seen: set[tuple[int, int]] | None = None) -> Iterator[File]:

@@ -6,15 +6,20 @@ and the label are looked for. Other features, of whatever class, are passed over
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import pathlib
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from cnn_jax import UsageError, files
 from cnn_jax.data import MAX_CLASSES, MAX_NAME
+from cnn_jax.data.opened import Opened
 
 _FEATURES = 'tensorflow_datasets.core.features.'
 _DICT = _FEATURES + 'features_dict.FeaturesDict'
@@ -23,19 +28,15 @@ _LABEL = _FEATURES + 'class_label_feature.ClassLabel'
 _TEMPLATE = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
 _MAX_SHARDS = 100_000
 _MAX_RECORDS = 2**40
+_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'  # what array_record advises for random access
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file of records, in the form that `array_record` expects: it reads `take` records after the first `skip`."""
+  """A file of `take` records."""
 
   filename: str
   take: int
-  skip: int = 0
-
-  @property
-  def examples_in_shard(self) -> int:
-    return self.take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,46 +91,69 @@ def describe(directory: pathlib.Path) -> Prepared:
   return Prepared(name, image, label, class_names, shards, tuple(used))
 
 
-def open_records(prepared: Prepared, split: str) -> Callable[[Sequence[int]], Iterator[tuple[bytes, int]]]:
-  """Opens a split for reading.
+class Records:
+  """The records of a split, read at random; it may be used in threads, and in other processes after pickling.
 
-  Returns:
-    A function that yields (encoded image, label) for each of some indices, and may be called in threads. It raises
-    `UsageError` if a record is damaged.
-
-  Raises:
-    UsageError: a package is missing.
+  Args:
+    prepared: the set.
+    split: one that has examples.
   """
-  try:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+  def __init__(self, prepared: Prepared, split: str):
+    self._prepared, self._split = prepared, split
+    self._ends = np.cumsum([shard.take for shard in prepared.shards[split]])
+    self._files = Opened(functools.partial(_open, prepared.shards[split]))
+
+  def read(self, indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+    """Yields (encoded image, label) for each of some indices.
+
+    Raises:
+      UsageError: a record is damaged, or a package is missing.
+    """
+    for shard, group in itertools.groupby(indices, lambda index: int(np.searchsorted(self._ends, index, side='right'))):
+      members = list(group)
+      first = int(self._ends[shard]) - self._prepared.shards[self._split][shard].take
+      try:
+        records = self._files.get(shard).read([index - first for index in members])
+      except UsageError:
+        raise
+      except Exception as error:  # whatever array_record's C++ code raises for a damaged file
+        raise UsageError(
+          f'the records {members[0]} to {members[-1]} of the split {self._split!r} of {self._prepared.name} cannot be '
+          f'read ({" ".join(str(error).split())[:200]}); prepare the set again.'
+        ) from error
+      for index, record in zip(members, records, strict=True):
+        yield self._parse(index, record)
+
+  def _parse(self, index: int, record: bytes) -> tuple[bytes, int]:
     from tensorflow_datasets.proto import tf_example_pb2
+
+    prepared = self._prepared
+    try:
+      features = tf_example_pb2.Example.FromString(record).features.feature
+      (image,) = features[prepared.image].bytes_list.value
+      (label,) = features[prepared.label].int64_list.value
+      if not -1 <= label < len(prepared.class_names):
+        raise ValueError(f'its label is {label}')
+    except Exception as error:  # protobuf's own type of error does not derive from one of Python's
+      raise UsageError(
+        f'{prepared.name} {self._split}[{index}] does not hold one {prepared.image!r} and one label of '
+        f'{len(prepared.class_names)} classes in {prepared.label!r} ({error}); prepare the set again.'
+      ) from error
+    return image, label
+
+
+def _open(shards: Sequence[Shard], number: int) -> Any:
+  try:
+    from array_record.python import array_record_module
+    from tensorflow_datasets.proto import tf_example_pb2  # noqa: F401
   except ImportError as error:
     raise UsageError(f'a prepared TFDS set cannot be read ({error}); install the packages of cnn_jax again.') from None
-  source = ArrayRecordDataSource(list(prepared.shards[split]))
-
-  def read(indices: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-    try:
-      records = source.__getitems__(indices)
-    except Exception as error:  # whatever array_record's C++ code raises for a damaged file
-      raise UsageError(
-        f'the records {indices[0]} to {indices[-1]} of the split {split!r} of {prepared.name} cannot be read '
-        f'({" ".join(str(error).split())[:200]}); prepare the set again.'
-      ) from error
-    for record, index in zip(records, indices, strict=True):
-      try:
-        features = tf_example_pb2.Example.FromString(record).features.feature
-        (image,) = features[prepared.image].bytes_list.value
-        (label,) = features[prepared.label].int64_list.value
-        if not -1 <= label < len(prepared.class_names):
-          raise ValueError(f'its label is {label}')
-      except Exception as error:  # protobuf's own type of error does not derive from one of Python's
-        raise UsageError(
-          f'{prepared.name} {split}[{index}] does not hold one {prepared.image!r} and one label of '
-          f'{len(prepared.class_names)} classes in {prepared.label!r} ({error}); prepare the set again.'
-        ) from error
-      yield image, label
-
-  return read
+  shard = shards[number]
+  reader = array_record_module.ArrayRecordReader(shard.filename, options=_OPTIONS, file_reader_buffer_size=2**15)
+  if reader.num_records() < shard.take:
+    raise UsageError(f'{shard.filename} is not a file of {shard.take:,} records; prepare the set again.')
+  return reader
 
 
 def _find_features(name: str, directory: pathlib.Path, preferred: Sequence[str]) -> tuple[str, str, int]:

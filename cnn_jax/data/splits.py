@@ -1,7 +1,8 @@
 """Which example belongs to which split.
 
 Official splits are kept. A split that a set lacks is carved out of train: first test, then validation, so that a
-different `config.data.validation` never moves an example into or out of test.
+different `config.data.validation` never moves an example into or out of test. If the official test has no labels, as in
+competitions, the official validation is what results are reported on: it is the test split then.
 """
 
 import hashlib
@@ -12,6 +13,8 @@ import numpy as np
 
 from cnn_jax import UsageError
 
+PROMOTED = 'the official validation split is the test split, because the official test has no labels'  # for provenance
+
 
 def by_class(
   official: Mapping[str, np.ndarray], labels: np.ndarray, config_data: Any
@@ -20,23 +23,29 @@ def by_class(
 
   Args:
     official: indices of the examples of `train` and of the other splits that the set has. Some sets publish a split
-      without its labels, which are -1 then; such a split counts as missing.
+      without its labels, which are -1 then; such a split counts as missing. Validation replaces such a test.
     labels: int32 (N,) of all examples.
     config_data: gives the shares `test` and `validation`, and `split_seed`.
 
   Returns:
-    Sorted indices of `train`, `validation` and `test`, and the names of the splits that were carved out of train.
+    Sorted indices of `train`, `validation` and `test`, and clauses about what was changed, for the provenance.
   """
-  train, carved, parts = official['train'], [], {}
+  labelled = {split: indices for split, indices in official.items() if (labels[indices] >= 0).all()}
+  train, carved, parts, rules = official['train'], [], {}, []
+  if 'test' in official and 'test' not in labelled and 'validation' in labelled:
+    labelled['test'] = labelled.pop('validation')
+    rules.append(PROMOTED)
   for number, split in enumerate(('test', 'validation')):
-    if split in official and (labels[official[split]] >= 0).all():
-      parts[split] = official[split]
+    if split in labelled:
+      parts[split] = labelled[split]
       continue
     seed = (config_data.split_seed, number)
     parts[split] = train[_stratified(labels[train], config_data[split], seed)]
     train = np.setdiff1d(train, parts[split])
     carved.append(split)
-  return {'train': train, 'validation': parts['validation'], 'test': parts['test']}, carved
+  if carved:
+    rules.append(f'{" and ".join(carved)} carved out of train by class with split_seed {config_data.split_seed}')
+  return {'train': train, 'validation': parts['validation'], 'test': parts['test']}, rules
 
 
 def by_path(paths: Sequence[str], labels: np.ndarray, shares: Mapping[str, float], seed: int) -> dict[str, np.ndarray]:

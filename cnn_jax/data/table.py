@@ -1,4 +1,4 @@
-"""Labels in a CSV file: a path, a label and, if there is such a column, a split in each row."""
+"""Labels in a CSV or Parquet file: a path, a label and, if there is such a column, a split in each row."""
 
 import collections
 import csv
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cnn_jax import UsageError, files
-from cnn_jax.data import layout, listing
+from cnn_jax.data import layout, listing, parquet, paths
 from cnn_jax.data.listing import File, Passed, text
 
 _MAX_BYTES = 2**29
@@ -32,19 +32,19 @@ _COLUMNS = {
 
 
 class Row(NamedTuple):
-  """A row of a table: an image below `base`, its class, its split ('' if the table has none), and the row's line."""
+  """A row of a table: an image below `base`, its class, its split ('' if the table has none), and where it is, as 'line 2'."""
 
   path: str
   label: str
   split: str
-  line: int
+  place: str
 
 
 def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
   """Lists the images of a table.
 
   Args:
-    path: of the CSV file, UTF-8, with a header. Columns are separated by a comma, semicolon, tab or bar.
+    path: of the file: Parquet, or CSV in UTF-8 with a header and columns separated by a comma, semicolon, tab or bar.
     base: the directory that paths are relative to. A path may lack its suffix or its directory if one file fits.
     skip: whether images that cannot be used are left out; otherwise they are an error.
 
@@ -54,16 +54,17 @@ def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
   rows = list(_parse(path))
   unlabelled = [row for row in rows if not row.label and layout.split_of(row.split) == 'test']
   rows = [row for row in rows if row.label or layout.split_of(row.split) != 'test']
-  _check(path, 'have no label', [f'line {row.line}' for row in rows if not row.label], 'give it or remove them')
-  wrong = [f'{row.split!r} (line {row.line})' for row in rows if row.split and not layout.split_of(row.split)]
+  _check(path, 'have no label', [row.place for row in rows if not row.label], 'give it or remove them')
+  wrong = [f'{row.split!r} ({row.place})' for row in rows if row.split and not layout.split_of(row.split)]
   _check(path, 'have an unknown split', wrong, 'the splits are train, validation and test')
   if any(row.split for row in rows):
-    _check(path, 'have no split', [f'line {row.line}' for row in rows if not row.split], 'give it to all or to none')
+    _check(path, 'have no split', [row.place for row in rows if not row.split], 'give it to all or to none')
   notes: list[str] = []
   if unlabelled:
     notes.append(
       f'{len(unlabelled):,} rows of {text(path)} are of the test split and have no label; they are not used.'
     )
+  promoted = bool(unlabelled) and {layout.split_of(row.split) for row in rows} == {'train', 'validation'}
   found, problems = _find(path, base, rows)
   listing.check(problems, base, skip=skip)
   kept = _unique(path, rows, found, notes)
@@ -81,11 +82,28 @@ def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
       if missing
       else f'{path} has {len(names)} classes; it needs at least two.'
     )
-  ordered = {split: sorted(parts[split]) for split in layout.SPLITS if split in parts}
-  return layout.Layout(class_names, ordered, problems, notes)
+  if promoted:
+    parts['test'] = parts.pop('validation')
+  prefix = os.path.join(base, '')
+  ordered = {split: _pack(sorted(parts[split]), prefix) for split in layout.SPLITS if split in parts}
+  return layout.Layout(class_names, ordered, problems, notes, promoted)
+
+
+def _pack(labelled: Sequence[tuple[int, File]], prefix: str) -> paths.Files:
+  names = [file.path.removeprefix(prefix) for _, file in labelled]
+  return paths.make(names, [file.stamp for _, file in labelled], [label for label, _ in labelled])
 
 
 def _parse(path: str) -> Iterator[Row]:
+  rows = parquet.read(path, lambda header: _columns(path, header)) if parquet.is_parquet(path) else _read_csv(path)
+  for place, values in rows:
+    if not values['path']:
+      raise UsageError(f'{path} has no file name in {place}; correct that.')
+    yield Row(values['path'], values['label'], values.get('split', ''), place)
+
+
+def _read_csv(path: str) -> Iterator[tuple[str, dict[str, str]]]:
+  """Yields the line and the cells of each row, by the kinds of the columns."""
   lines = _read(path)
   header = re.split('[\r\n]', lines, maxsplit=1)[0]
   delimiter = max(_DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
@@ -97,10 +115,7 @@ def _parse(path: str) -> Iterator[Row]:
         continue
       if len(cells) <= max(columns.values()):
         raise UsageError(f'{path} has {len(cells)} columns in line {reader.line_num}; correct that line.')
-      values = {name: cells[column].strip() for name, column in columns.items()}
-      if not values['path']:
-        raise UsageError(f'{path} has no file name in line {reader.line_num}; correct that line.')
-      yield Row(values['path'], values['label'], values.get('split', ''), reader.line_num)
+      yield f'line {reader.line_num}', {name: cells[column].strip() for name, column in columns.items()}
   except csv.Error as error:
     raise UsageError(f'{path} is not a CSV file (line {reader.line_num}: {error}); correct it.') from None
 
@@ -110,7 +125,9 @@ def _read(path: str) -> str:
     with files.open_regular(path) as file:
       contents = file.read(_MAX_BYTES + 1)
   except OSError as error:
-    raise UsageError(f'cannot read {path}: {error.strerror}; give a CSV file as config.data.table.') from None
+    raise UsageError(
+      f'cannot read {path}: {error.strerror}; give a CSV or Parquet file as config.data.table.'
+    ) from None
   if len(contents) > _MAX_BYTES:
     raise UsageError(f'{path} has more than {_MAX_BYTES:,} bytes; give a smaller table.')
   try:
@@ -142,7 +159,7 @@ def _columns(path: str, header: Sequence[str]) -> dict[str, int]:
     if kind not in chosen:
       shown = listing.shorten([repr(cell[:40]) for cell in header], 10) or 'nothing'
       raise UsageError(
-        f'{path} has no column for the {kind} in its first line ({shown}); name the columns path, label and, if the '
+        f'{path} has no column for the {kind} in its header ({shown}); name the columns path, label and, if the '
         'splits are given, split.'
       )
   return chosen
@@ -164,12 +181,12 @@ def _find(path: str, base: str, rows: Sequence[Row]) -> tuple[dict[str, File], l
       fitting = index.get(_plain(row.path), [])
       if len(fitting) > 1:
         raise UsageError(
-          f'{path} has {row.path!r} in line {row.line}, which {fitting[0].path} and {fitting[1].path} fit; give the '
+          f'{path} has {row.path!r} in {row.place}, which {fitting[0].path} and {fitting[1].path} fit; give the '
           'path with its directory and suffix, or set config.data.dir.'
         )
       file = fitting[0] if fitting else None
     if file is None:
-      missing.append(f'{row.path!r} (line {row.line})')
+      missing.append(f'{row.path!r} ({row.place})')
       continue
     found[row.path] = file
     if file.problem:
@@ -210,7 +227,7 @@ def _unique(path: str, rows: Sequence[Row], found: dict[str, File], notes: list[
     elif (other.label, layout.split_of(other.split)) == (row.label, layout.split_of(row.split)):
       repeated += 1
     else:
-      contradictions.append(f'{row.path!r} (lines {other.line} and {row.line})')
+      contradictions.append(f'{row.path!r} ({other.place} and {row.place})')
   _check(path, 'contradict an earlier row of the same file', contradictions, 'give each file one label and one split')
   if repeated:
     notes.append(f'{repeated:,} rows of {text(path)} repeat an earlier row; they are not used.')

@@ -39,14 +39,12 @@ def load(config_data: Any, prepare: bool = True) -> Dataset:
   official = _ranges(sizes)
   if (labels[official['train']] < 0).any():
     raise UsageError(f"the 'train' split of {directory} has no labels; choose another set.")
-  parts, carved = splits.by_class(official, labels, config_data)
+  parts, rules = splits.by_class(official, labels, config_data)
   splits.check(parts, found.name, config_data)
   counts = '/'.join(str(len(indices)) for indices in parts.values())
-  seed = config_data.split_seed
-  rule = f'; {" and ".join(carved)} carved out of train by class with split_seed {seed}' if carved else ''
   return Dataset(
     name=found.name,
-    provenance=f'TFDS {found.name}; {counts} images{rule}.',
+    provenance=f'TFDS {found.name}; {counts} images{"".join(f"; {rule}" for rule in rules)}.',
     class_names=found.class_names,
     train=decoded.select(parts['train']),
     validation=decoded.select(parts['validation']),
@@ -106,12 +104,12 @@ def _ranges(sizes: dict[str, int]) -> dict[str, np.ndarray]:
 def _decode(config_data: Any, directory: pathlib.Path, found: prepared.Prepared, sizes: dict[str, int]) -> Decoded:
   """Decodes all splits, one after another; see `decode.decode`."""
   names, ends = list(sizes), np.cumsum(list(sizes.values()))
-  readers = [prepared.open_records(found, split) for split in names]
+  records = [prepared.Records(found, split) for split in names]
 
   def read(indices: np.ndarray) -> Iterator[tuple[io.BytesIO, int, str]]:
     number = int(np.searchsorted(ends, indices[0], side='right'))
     offsets = [int(index - ends[number]) + sizes[names[number]] for index in indices]
-    for (image, label), offset in zip(readers[number](offsets), offsets, strict=True):
+    for (image, label), offset in zip(records[number].read(offsets), offsets, strict=True):
       yield io.BytesIO(image), label, f'{found.name} {names[number]}[{offset}]'
 
   return decode.decode(

@@ -26,6 +26,7 @@ The module maps float images (batch, height, width, channels), normalised, to `(
 - The last layer is called `head`: a dense layer or a 1x1 convolution with a `kernel` and a `bias`.
 - The fields `num_classes` and `dtype` (of the arithmetic; parameters stay float32) are there under these names. The
   field `frozen_stages` says how many stages, from the first on, run with `train=False` and without gradients.
+- The field `rematerialize` says whether the blocks keep only their inputs for the gradient, which computes the rest again.
 - A field `pooled_stages` says of how many of the last stages `pooled` holds the averages; without it, of the last alone.
 - The field `skipped_stages` of the module, 0 in `create`, says how many stages, from the first on, are left out: `images`
   are then the maps of the last of them, or `pooled` if all are left out. The variables are those of the whole network.
@@ -49,6 +50,7 @@ from ml_collections import ConfigDict
 from cnn_jax import UsageError
 
 _NOT_NETWORKS = {'layers'}
+_DEEP = 20  # kernels
 
 
 def names() -> list[str]:
@@ -128,7 +130,11 @@ def init(model: nn.Module, key: jax.Array, image_shape: Sequence[int], *, head_o
     head = model.clone(skipped_stages=len(stage_names(features))).init(key, jnp.zeros(features['pooled'].shape))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), init_shapes(model, image_shape))
     return zeros | {'params': zeros['params'] | {'head': head['params']['head']}}
-  variables = jax.jit(model.init)(key, jnp.zeros((1, *image_shape), jnp.float32))
+  kernels = sum(len(x.shape) > 1 for x in jax.tree.leaves(init_shapes(model, image_shape)))
+  # XLA:CPU takes 46 s for the random numbers of a ResNet-50, and 4 s without optimisation, which changes the last bits.
+  deep = jax.default_backend() == 'cpu' and kernels >= _DEEP
+  options = {'xla_backend_optimization_level': 0} if deep else None
+  variables = jax.jit(model.init, compiler_options=options)(key, jnp.zeros((1, *image_shape), jnp.float32))
   return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
 
 
@@ -204,13 +210,16 @@ def parameters_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
   return jax.tree.unflatten(jax.tree.structure(variables['params']), belongs)
 
 
-def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> int:
+def check_images(
+  config: Any, num_classes: int, image_shape: Sequence[int], field: str = 'config.data.image_size'
+) -> int:
   """Checks a network against the images that it is to classify; computes nothing.
 
   Args:
     config: the section `config.model`, checked.
     num_classes: outputs of the head.
     image_shape: (height, width, channels).
+    field: that sets the size, for messages.
 
   Returns:
     The number of stages.
@@ -232,7 +241,7 @@ def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> i
     needs = f'needs images of at least {least} pixels a side' if least else 'fits no image'
     raise UsageError(
       f'the network of config.model {needs}, but these have {height}x{width}; '
-      'use one with fewer stages, or a larger config.data.image_size.'
+      f'use one with fewer stages, or a larger {field}.'
     )
   stages = stage_names(map_shapes(model, image_shape))
   if config.frozen_stages > len(stages):
@@ -246,7 +255,8 @@ def check_images(config: Any, num_classes: int, image_shape: Sequence[int]) -> i
 # Tracing a deep network takes a second, and several parts ask for the same shapes.
 @functools.lru_cache(8)
 def _init_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
-  return jax.eval_shape(lambda: init(model, jax.random.key(0), image_shape))
+  variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+  return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
 
 
 @functools.lru_cache(8)

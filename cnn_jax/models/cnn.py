@@ -30,6 +30,7 @@ def default_config() -> ConfigDict:
   config.head = 'dense'  # dense | conv1x1
   config.fixed_statistics = False  # normalise by the running statistics in training too, and keep them
   config.frozen_stages = 0  # the first stages, here blocks, that are not trained; for fine-tuning
+  config.rematerialize = False  # compute a block again for its gradient: less memory, a third more time
   config.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
   return config
 
@@ -68,6 +69,7 @@ def create(config: Any, num_classes: int) -> 'CNN':
     head=config.head,
     fixed_statistics=config.fixed_statistics,
     frozen_stages=config.frozen_stages,
+    rematerialize=config.rematerialize,
     dtype=jnp.dtype(config.dtype),
   )
 
@@ -96,6 +98,7 @@ class CNN(nn.Module):
   fixed_statistics: bool = False
   frozen_stages: int = 0
   skipped_stages: int = 0
+  rematerialize: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -109,7 +112,8 @@ class CNN(nn.Module):
       if i < self.skipped_stages:
         continue
       last, frozen = i == len(self.features) - 1, i < self.frozen_stages
-      x = ConvBlock(
+      again = self.rematerialize and train and not frozen
+      x = layers.rematerialized(ConvBlock, again)(
         features=features,
         convs=self.convs_per_block,
         kernel_size=self.kernel_size,

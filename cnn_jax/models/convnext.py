@@ -27,6 +27,7 @@ def default_config() -> ConfigDict:
   config.frozen_stages = (
     0  # the first stages that are not trained, of 4; the stem belongs to the first, the last norm to the last
   )
+  config.rematerialize = False  # compute a block again for its gradient: less memory, a third more time
   config.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
   return config
 
@@ -62,6 +63,7 @@ def create(config: Any, num_classes: int) -> 'ConvNeXt':
     drop_path=config.drop_path,
     dropout=config.dropout,
     frozen_stages=config.frozen_stages,
+    rematerialize=config.rematerialize,
     dtype=jnp.dtype(config.dtype),
   )
 
@@ -118,6 +120,7 @@ class ConvNeXt(nn.Module):
   dropout: float = 0.0
   frozen_stages: int = 0
   skipped_stages: int = 0
+  rematerialize: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -142,7 +145,8 @@ class ConvNeXt(nn.Module):
         x = _conv(self.width * 2**stage, 2, 2, self.dtype, f'stage{stage + 1}_conv')(x)
       for block in range(blocks):
         rate = self.drop_path * number / max(total - 1, 1) if train and not frozen else 0.0
-        branch = Block(self.dtype, name=f'stage{stage + 1}_block{block + 1}')(x)
+        again = self.rematerialize and train and not frozen
+        branch = layers.rematerialized(Block, again)(self.dtype, name=f'stage{stage + 1}_block{block + 1}')(x)
         if rate and key is not None:
           branch = layers.drop_path(jax.random.fold_in(key, number), branch, rate, positions)
         x = x + branch

@@ -4,6 +4,7 @@ The Lite variants (Liu 2020, github.com/tensorflow/tpu, efficientnet/lite) leave
 keep the widths of the stem and the head. Padding is that of TensorFlow: more behind than before if the stride is 2.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -29,6 +30,7 @@ def default_config() -> ConfigDict:
   config.norm_momentum = 0.99  # of the running statistics of batch norm
   config.fixed_statistics = False  # normalise by the running statistics in training too, and keep them
   config.frozen_stages = 0  # the first stages that are not trained, of 8; the stem belongs to the first
+  config.rematerialize = False  # compute a block again for its gradient: less memory, a third more time
   config.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
   return config
 
@@ -75,6 +77,7 @@ def create(config: Any, num_classes: int) -> 'EfficientNetLite':
     norm_momentum=config.norm_momentum,
     fixed_statistics=config.fixed_statistics,
     frozen_stages=config.frozen_stages,
+    rematerialize=config.rematerialize,
     dtype=jnp.dtype(config.dtype),
   )
 
@@ -133,6 +136,7 @@ class EfficientNetLite(nn.Module):
   fixed_statistics: bool = False
   frozen_stages: int = 0
   skipped_stages: int = 0
+  rematerialize: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -152,13 +156,13 @@ class EfficientNetLite(nn.Module):
         number += blocks
         continue
       frozen = stage < self.frozen_stages
-      norm = self._norm_options(train and not frozen)
+      norm, again = self._norm_options(train and not frozen), self.rematerialize and train and not frozen
       if stage == 0:
-        x = _conv(_channels(_STEM, self.width), 3, 2, self.dtype, 'stem_conv')(x)
-        x = ops.relu6(_norm('stem_norm', **norm)(x))
+        stem = functools.partial(_layer, 'stem', _channels(_STEM, self.width), 3, 2, norm)
+        x = layers.rematerialized(stem, again)(self, x)
       for block in range(blocks):
         rate = self.drop_path * number / total if train and not frozen else 0.0
-        x = Block(
+        x = layers.rematerialized(Block, again)(
           features=features,
           kernel_size=kernel_size,
           stride=stride if block == 0 else 1,
@@ -173,8 +177,9 @@ class EfficientNetLite(nn.Module):
         pooled.append(_average(x))
     if self.skipped_stages <= len(stages):
       frozen = self.frozen_stages > len(stages)
-      x = _conv(_channels(_HEAD, self.width), 1, 1, self.dtype, 'top_conv')(x)
-      x = ops.relu6(_norm('top_norm', **self._norm_options(train and not frozen))(x))
+      norm, again = self._norm_options(train and not frozen), self.rematerialize and train and not frozen
+      top = functools.partial(_layer, 'top', _channels(_HEAD, self.width), 1, 1, norm)
+      x = layers.rematerialized(top, again)(self, x)
       maps[f'stage{len(stages) + 1}'] = x = jax.lax.stop_gradient(x) if frozen else x
       pooled.append(_average(x))
       x = jnp.concatenate(pooled, axis=-1)
@@ -190,6 +195,13 @@ class EfficientNetLite(nn.Module):
 
   def _norm_options(self, train: bool) -> dict[str, Any]:
     return {'momentum': self.norm_momentum, 'dtype': self.dtype, 'train': train and not self.fixed_statistics}
+
+
+def _layer(
+  name: str, features: int, kernel_size: int, stride: int, norm: dict[str, Any], network: EfficientNetLite, x: Array
+) -> Array:
+  x = _conv(features, kernel_size, stride, network.dtype, f'{name}_conv')(x)
+  return ops.relu6(_norm(f'{name}_norm', **norm)(x))
 
 
 class Block(nn.Module):

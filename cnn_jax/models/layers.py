@@ -60,6 +60,16 @@ class BatchNorm(nn.BatchNorm):
     return y.astype(self.dtype or y.dtype)
 
 
+def rematerialized(layer: Any, active: bool) -> Any:
+  """A layer of which only the input is kept for the gradient, which computes the rest again (Chen et al. 2016, arXiv 1604.06174).
+
+  Args:
+    layer: a class of modules, or a function of a module and arrays; it has the variables that it would have otherwise.
+    active: False: the layer as it is.
+  """
+  return nn.remat(layer) if active else layer
+
+
 def num_groups(features: int) -> int:
   """Groups of a group norm: at most 32, each of two channels or more."""
   return next(g for g in (32, 16, 8, 4, 2, 1) if (features % g == 0 and features // g >= 2) or g == 1)

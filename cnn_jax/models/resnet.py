@@ -5,6 +5,7 @@ the 3x3 convolution, and padding is symmetric. The scale of the last norm of eac
 that a block starts as its shortcut (Goyal et al. 2017, arXiv 1706.02677).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +27,7 @@ def default_config() -> ConfigDict:
   config.norm_momentum = 0.9  # of the running statistics of batch norm
   config.fixed_statistics = False  # normalise by the running statistics in training too, and keep them
   config.frozen_stages = 0  # the first stages that are not trained, of 4; the stem belongs to the first
+  config.rematerialize = False  # compute a block again for its gradient: less memory, a third more time
   config.dtype = 'float32'  # of the arithmetic: float32 | bfloat16; parameters stay float32
   return config
 
@@ -55,6 +57,7 @@ def create(config: Any, num_classes: int) -> 'ResNet':
     norm_momentum=config.norm_momentum,
     fixed_statistics=config.fixed_statistics,
     frozen_stages=config.frozen_stages,
+    rematerialize=config.rematerialize,
     dtype=jnp.dtype(config.dtype),
   )
 
@@ -88,6 +91,7 @@ class ResNet(nn.Module):
   fixed_statistics: bool = False
   frozen_stages: int = 0
   skipped_stages: int = 0
+  rematerialize: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -104,14 +108,11 @@ class ResNet(nn.Module):
       frozen = stage < self.frozen_stages
       train_norm = train and not frozen and not self.fixed_statistics
       options = {'momentum': self.norm_momentum, 'dtype': self.dtype, 'train': train_norm}
+      again = self.rematerialize and train and not frozen
       if stage == 0:
-        small = self.stem == '3x3'
-        x = _conv(self.width, 3 if small else 7, 1 if small else 2, self.dtype, 'stem_conv')(x)
-        x = nn.relu(_norm('stem_norm', **options)(x))
-        if not small:
-          x = ops.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = layers.rematerialized(functools.partial(_stem, options), again)(self, x)
       for block in range(blocks):
-        x = Block(
+        x = layers.rematerialized(Block, again)(
           features=self.width * 2**stage,
           stride=2 if stage > 0 and block == 0 else 1,
           bottleneck=self.depth >= _BOTTLENECK_DEPTH,
@@ -126,6 +127,13 @@ class ResNet(nn.Module):
     x = nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x.astype(self.dtype))
     maps['logits'] = x.astype(jnp.float32)
     return maps['logits'], maps
+
+
+def _stem(options: dict[str, Any], network: ResNet, x: Array) -> Array:
+  small = network.stem == '3x3'
+  x = _conv(network.width, 3 if small else 7, 1 if small else 2, network.dtype, 'stem_conv')(x)
+  x = nn.relu(_norm('stem_norm', **options)(x))
+  return x if small else ops.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
 class Block(nn.Module):

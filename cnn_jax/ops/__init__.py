@@ -7,8 +7,8 @@ gradients other dimension numbers. XLA rewrites those at the top level of a prog
 where they run as naive loops. All three products of a convolution whose kernel has three rows and enough channels take
 half the multiplications (Winograd; rounding errors are about four times as large). A 1x1 convolution is a matrix
 product. A depthwise convolution is a sum of shifted products, because XLA:CPU runs it as a naive loop too. A first
-convolution is computed together with the pooling after it. The platform is chosen when a program is lowered, except in
-`conv_max_pool`, which asks for the default backend.
+convolution is computed together with the pooling after it. The platform is chosen when a program is lowered, so that
+a CPU can lower programs for the others.
 
 The gradients are those of reverse mode, of any order. Forward mode (`jax.jvp`) is not defined.
 """

@@ -81,12 +81,13 @@ def conv_max_pool(lhs: Array, rhs: Array, window_strides: Sequence[int], padding
   Returns:
     (batch, height // 2, width // 2, features), where height and width are those of `conv_general_dilated`.
   """
-  # Decided here, not when the program is lowered: the platforms do not keep the same arrays for the gradient.
   narrow = rhs.ndim == 4 and rhs.shape[2] <= 4 and all(stride == 1 for stride in window_strides)
-  if jax.default_backend() == 'cpu' and narrow and is_plain(lhs, rhs, **options):
-    pads = to_pads(padding, lhs.shape[1:3], rhs.shape[:2], (1, 1))
+  if narrow and is_plain(lhs, rhs, **options):
+    pads, precision = to_pads(padding, lhs.shape[1:3], rhs.shape[:2], (1, 1)), options.get('precision')
     if min(output_size(lhs, rhs, pads)) >= 2:
-      return _conv_max_pool(lhs, rhs, pads, options.get('precision'))
+      # Differentiated by JAX, because the platforms do not keep the same arrays for the gradient.
+      cpu = functools.partial(_conv_max_pool, pads=pads, precision=precision)
+      return lax.platform_dependent(lhs, rhs, cpu=cpu, default=functools.partial(_lax_conv_max_pool, pads, precision))
   return max_pool(conv_general_dilated(lhs, rhs, window_strides, padding, **options), (2, 2), (2, 2))
 
 
@@ -192,10 +193,7 @@ def _spread(winner: Array, cotangent: Array, window, pads, size) -> Array:
 def _conv_max_pool(x: Array, kernel: Array, pads, precision) -> Array:
   if not YNNPACK:  # as in convolution._conv
     return _lax_conv_max_pool(pads, precision, x, kernel)
-  cpu = functools.partial(_conv_max_pool_forward, pads=pads, precision=precision)
-  return lax.platform_dependent(
-    x, kernel, cpu=lambda *a: cpu(*a)[0], default=functools.partial(_lax_conv_max_pool, pads, precision)
-  )
+  return _conv_max_pool_forward(x, kernel, pads, precision)[0]
 
 
 def _lax_conv_max_pool(pads, precision, x: Array, kernel: Array) -> Array:

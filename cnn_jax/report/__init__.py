@@ -93,7 +93,7 @@ def _contents(workdir: Path, run: Run, dataset: Dataset, name: str, logits: Mapp
   fitted = dataset.validation if name != 'validation' else Split(dataset.validation.images[:0], np.zeros(0, np.int32))
   of_split, of_fitted = _logits(run, [(split, logits.get(name)), (fitted, logits.get('validation'))])
   subject, views = Subject(run, split, of_split, name), evaluate.run_views(run.config)
-  layers = inspect.layer_table(run.model, run.image_shape)
+  layers = inspect.layer_table(run.model, run.input_shape)
   with charts.style():
     walk = follow_image(subject, layers)
     head_input = 'global average pooling' if walk['pooled']['stages'] else 'input of the head'
@@ -136,6 +136,7 @@ class _Joined:
 
   def __init__(self, splits: Sequence[Split]):
     self._images = [split.images for split in splits]
+    self.shape = (len(self), *self._images[0].shape[1:])
 
   def __len__(self) -> int:
     return sum(map(len, self._images))

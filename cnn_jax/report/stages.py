@@ -33,7 +33,7 @@ def show_stages(
   # The channels that respond most to the image, the first ones of which are shown with parts of other images.
   orders = {name: np.argsort(-maps[name].mean(axis=(0, 1)), kind='stable')[:TILES] for name in ends}
   excited = {name: [int(c) for c in order[:CHANNELS] if maps[name][..., c].max() > 0] for name, order in orders.items()}
-  fields = inspect.receptive_fields(subject.run.model, subject.run.image_shape)
+  fields = inspect.receptive_fields(subject.run.model, subject.run.input_shape)
   whole = {name for name in ends if _is_large(fields[name], subject)}
   sample, strongest, kept = _inspect(subject, {name: excited[name] if name in whole else [] for name in ends})
   count, side = _PATCHES[subject.small]
@@ -115,7 +115,7 @@ def _inspect(
     The images; per stage the largest value of each channel and its place in the flattened map, both (images, features);
     and the maps to keep, float32 (images, height, width, channels).
   """
-  count, (height, width) = len(subject.split), subject.run.image_shape[:2]
+  count, (height, width) = len(subject.split), subject.run.input_shape[:2]
   least, most, num_pixels = _INSPECTED
   # Evenly spread, because a folder's images are sorted by class.
   size = min(count, max(least, min(most, num_pixels // (height * width))))
@@ -140,7 +140,7 @@ def _is_large(field: tuple[inspect.Field, inspect.Field] | None, subject: Subjec
   """Whether a place of a map depends on so much of an image that all of the image is shown."""
   if field is None or subject.small:
     return field is None
-  return any(2 * axis.size > side for axis, side in zip(field, subject.run.image_shape, strict=False))
+  return any(2 * axis.size > side for axis, side in zip(field, subject.run.input_shape, strict=False))
 
 
 def _patch(image: np.ndarray, field: tuple[inspect.Field, inspect.Field], place: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from cnn_jax import calibration, inspect, models
 from cnn_jax import config as config_lib
 from cnn_jax.data import Split
-from cnn_jax.data.augment import Statistics, normalize
+from cnn_jax.data.augment import Statistics, centre_crop, normalize
 from cnn_jax.report import pictures, text
 from cnn_jax.run import Run
 
@@ -52,7 +52,7 @@ class Subject:
     self.predicted = np.argmax(logits, axis=1)
     self.probabilities = calibration.softmax(logits)
     self.confidence = np.max(self.probabilities, axis=1)
-    self.small = max(run.image_shape[:2]) <= pictures.SMALL
+    self.small = max(run.input_shape[:2]) <= pictures.SMALL
 
   def name(self, index: int) -> str:
     """The file name of an image, or its number."""
@@ -61,8 +61,8 @@ class Subject:
     )
 
   def pixels(self, index: int) -> np.ndarray:
-    """An image, uint8 (height, width, channels)."""
-    return np.asarray(self.split.images[index])
+    """The part of an image that is the network's input, uint8 (height, width, channels)."""
+    return centre_crop(np.asarray(self.split.images[index]), config_lib.statistics(self.run.config.data))
 
   def picture(self, index: int) -> str:
     """An image as a data address."""
@@ -77,7 +77,7 @@ class Subject:
       colour: of the largest values.
     """
     if self.small:
-      return pictures.data_uri(pictures.overlay(values, colour, self.run.image_shape[:2]))
+      return pictures.data_uri(pictures.overlay(values, colour, self.run.input_shape[:2]))
     return pictures.data_uri(pictures.highlight(pictures.fit(self.pixels(index), _PICTURE // 2), values, colour))
 
   def inside(self, indices: np.ndarray) -> Iterator[Inside]:
@@ -86,7 +86,7 @@ class Subject:
     Args:
       indices: int (k,), of images of the split.
     """
-    height, width = self.run.image_shape[:2]
+    height, width = self.run.input_shape[:2]
     statistics = config_lib.statistics(self.run.config.data)
     size = max(4, min(_BATCH, _BATCH_PIXELS // (height * width)))
     for start in range(0, len(indices), size):

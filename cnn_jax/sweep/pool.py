@@ -10,10 +10,10 @@ from typing import Any, Self
 
 import optuna
 
-from cnn_jax import Stopped, UsageError
+from cnn_jax import Stopped, UsageError, shares
 from cnn_jax.sweep.progress import Progress
 from cnn_jax.sweep.trials import Exhausted, Lost, Repeated, Trials
-from cnn_jax.sweep.worker import Share, Task, Worker, shares
+from cnn_jax.sweep.worker import Task, Worker
 
 # How many workers may die, or fall silent, while training one run, before the run has failed.
 _DEATHS, _SILENCES = 3, 2
@@ -45,7 +45,7 @@ class Pool:
 
   def __init__(self, workers: int, heartbeat: float, deadline: float, stopping: Callable[[], bool]):
     self._heartbeat, self._deadline, self._stopping = heartbeat, deadline, stopping
-    self._spare: list[Share] = shares(workers)  # of workers that have not been started
+    self._spare = shares.divide(workers)  # of workers that have not been started
     self._workers: list[Worker] = []
     self._busy: dict[Worker, _Running] = {}
     self._deaths: dict[str, int] = {}

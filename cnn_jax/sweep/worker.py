@@ -11,18 +11,17 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import Diverged, Stopped, UsageError, passwords, workdirs
+from cnn_jax import Diverged, Stopped, UsageError, passwords, shares, workdirs
+from cnn_jax.shares import Share
 
 NO_VALIDATION = 'there is no validation split to compare trials on; raise config.data.validation.'
 _SECONDS_TO_EXIT = 5.0
@@ -38,20 +37,11 @@ class Task:
   data: dict[str, Any] | None = None  # the section `data` of the config that the trials vary
 
 
-@dataclasses.dataclass(frozen=True)
-class Share:
-  """The part of the machine that one of several workers uses; None: all of it."""
-
-  cores: tuple[int, ...] | None
-  gpus: tuple[str, ...] | None
-  alone_on_gpu: bool
-
-
 class Worker:
   """A process that trains one task at a time; see `serve` for the messages that it sends.
 
   Args:
-    share: of the machine; see `shares`.
+    share: of the machine; see `shares.divide`.
 
   Attributes:
     connection: receives the messages; it reports end of file if the process has died.
@@ -99,18 +89,6 @@ class Worker:
   def _send(self, value: Any) -> None:
     with contextlib.suppress(OSError):  # the process has died, which the next read of the connection reports
       self.connection.send(value)
-
-
-def shares(workers: int) -> list[Share]:
-  """Divides the machine's cores and GPUs evenly; if there are fewer than workers, several workers share one."""
-  if workers == 1:
-    return [Share(None, None, True)]
-  cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, 'sched_getaffinity') else ()
-  gpus = _gpus()
-  return [
-    Share(_divide(cores, i, workers) or None, _divide(gpus, i, workers) or None, len(gpus) >= workers)
-    for i in range(workers)
-  ]
 
 
 def serve(connection: multiprocessing.connection.Connection, before_task: Callable[[Task], None]) -> None:
@@ -240,10 +218,7 @@ def _work(connection: multiprocessing.connection.Connection, share: Share, used:
   # All of this must precede the start of JAX.
   if share.cores:
     os.sched_setaffinity(0, share.cores)
-  if share.gpus:
-    os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(share.gpus)
-  if not share.alone_on_gpu:
-    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  os.environ.update(shares.variables(share))
 
   from cnn_jax import command
 
@@ -276,21 +251,3 @@ def _measure(used: Any) -> None:
   while True:
     used.value = time.process_time()
     time.sleep(1.0)
-
-
-def _divide(items: Sequence[Any], i: int, n: int) -> tuple[Any, ...]:
-  """Part i of n of the items; one of them if there are fewer than n."""
-  if len(items) < n:
-    return tuple(items[i % len(items) :][:1]) if items else ()
-  return tuple(items[i * len(items) // n : (i + 1) * len(items) // n])
-
-
-def _gpus() -> tuple[str, ...]:
-  if 'CUDA_VISIBLE_DEVICES' in os.environ:
-    return tuple(name.strip() for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name.strip())
-  if shutil.which('nvidia-smi') is None:
-    return ()
-  with contextlib.suppress(OSError, subprocess.SubprocessError):
-    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True, timeout=20, check=True).stdout
-    return tuple(str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith('GPU ')))
-  return ()

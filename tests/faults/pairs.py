@@ -1,5 +1,6 @@
 """Two processes that train together on one machine."""
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -25,15 +26,20 @@ TINY = (
   '--config.log.report=False',
 )
 HEARTBEAT = 4
-LIMITED = """
-import resource
-resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))
-from cnn_jax import command, main
-command.run(main.main)
-"""
+MAIN = 'from cnn_jax import command, main\ncommand.run(main.main)\n'
+LIMITED = 'import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n'  # as on a nearly full disk
 
 
-def start_pair(workdirs, *arguments, devices=1, own=((), ()), largest_file=None):
+@contextlib.contextmanager
+def free_address():
+  """An address on this machine that nobody else gets while the block runs, but JAX's coordinator."""
+  with socket.socket() as s:
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    s.bind(('127.0.0.1', 0))
+    yield f'127.0.0.1:{s.getsockname()[1]}'
+
+
+def start_pair(workdirs, *arguments, devices=1, own=((), ()), code=('', '')):
   """Starts the two processes of a run.
 
   Args:
@@ -41,15 +47,12 @@ def start_pair(workdirs, *arguments, devices=1, own=((), ()), largest_file=None)
     arguments: of both.
     devices: of each.
     own: arguments of each alone.
-    largest_file: bytes of the largest file that process 0 can write, as on a nearly full disk.
+    code: that each runs before.
   """
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    coordinator = f'127.0.0.1:{s.getsockname()[1]}'
+  with free_address() as coordinator:
+    pass
   flags = f'--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}'
-  commands = [['-m', 'cnn_jax.main']] * 2
-  if largest_file:
-    commands[0] = ['-c', LIMITED.format(largest_file)]
+  commands = [['-c', before + MAIN] if before else ['-m', 'cnn_jax.main'] for before in code]
 
   return [
     subprocess.Popen(

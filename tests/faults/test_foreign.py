@@ -170,7 +170,7 @@ def test_a_label_of_no_class_is_one_line(tmp_path, label):
   root = make_tfds(tmp_path / 'tfds', {'train': [0, 1] * 10 + [label], 'test': [0]})
   found = prepared.describe(root / 'toy' / '1.0.0')
   with pytest.raises(UsageError, match=r'toy/1.0.0 train\[20\] does not hold one'):
-    list(prepared.open_records(found, 'train')([20]))
+    list(prepared.Records(found, 'train').read([20]))
 
 
 def _save(workdir, found, **info):

@@ -12,7 +12,7 @@ from cnn_jax import checkpoint
 from tests.faults import pairs
 from tests.faults.tools import folder_arguments, read_json, write_photographs
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 def _ended(processes, timeout, statuses):
@@ -70,7 +70,10 @@ def test_all_stop_at_one_step_and_continue_there(tmp_path, devices, shared):
 @pytest.mark.parametrize('victim', [0, 1])
 @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
 def test_the_other_ends_in_time_if_one_is_lost(tmp_path, victim, number):
-  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *pairs.TINY, '--config.epochs=100')
+  """While images of a folder are read."""
+  pictures = write_photographs(tmp_path / 'pictures', count=40)
+  arguments = folder_arguments(pictures, epochs=1000, data__resident='never', log__every_steps=1)
+  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *arguments)
   pairs.wait_for_steps(processes, tmp_path / 'w', lines=4)
   os.kill(processes[victim].pid, number)
   started = time.monotonic()
@@ -85,8 +88,117 @@ def test_the_other_ends_in_time_if_one_is_lost(tmp_path, victim, number):
   assert 'the same command continues' in stderr
 
 
+READING = """
+from cnn_jax.data import feed
+read = feed._Plan.read
+def stall(self, number):
+  if number > 50:
+    time.sleep(100)
+  return read(self, number)
+feed._Plan.read = stall
+"""
+WRITING = """
+from cnn_jax import record
+append = record.Recorder.append
+def stall(self, step, *arguments):
+  if step > 50:
+    time.sleep(100)
+  append(self, step, *arguments)
+record.Recorder.append = stall
+"""
+
+
+@pytest.mark.parametrize(
+  ('victim', 'code', 'what'), [(1, READING, 'Reading training images'), (0, WRITING, 'Writing the record')]
+)
+def test_a_disk_that_does_not_answer_one_of_them_ends_both_in_time(tmp_path, victim, code, what):
+  """The process itself goes on to answer."""
+  codes = [f'import time\n{code}' if i == victim else '' for i in range(2)]
+  arguments = (*pairs.TINY, '--config.data.resident=never', '--stall_seconds=6')
+  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *arguments, code=codes)
+  pairs.wait_for_steps(processes, tmp_path / 'w', lines=6)
+  lines = _ended(processes, 30, (143, 143))
+  line = (
+    f'{what} has taken more than 6 s, which --stall_seconds sets; the same command continues from what was saved last.'
+  )
+  assert lines[victim].splitlines()[-1] == line
+  assert lines[1 - victim].splitlines()[-1] == f'process {victim}: {line}'
+  assert f'warning: {what} has taken 2 s; the processes end after 6 s.' in lines[victim]
+
+
+UNPLUGGED = """
+import os
+def unplug():
+  if os.path.exists({workdir!r}):
+    os.rename({workdir!r}, {workdir!r} + '.away')
+"""
+PHASES = {
+  'training': """
+from cnn_jax import record
+append = record.Recorder.append
+def later(self, step, *arguments):
+  append(self, step, *arguments)
+  if step == 47:
+    unplug()
+record.Recorder.append = later
+""",
+  'evaluation': """
+from cnn_jax import evaluate
+evaluate_split, calls = evaluate.evaluate_split, []
+def later(*arguments, **options):
+  calls.append(1)
+  if len(calls) == 2:
+    unplug()
+  return evaluate_split(*arguments, **options)
+evaluate.evaluate_split = later
+""",
+  'saving': """
+from cnn_jax import checkpoint
+write, calls = checkpoint._write_arrays, []
+def later(directory, arrays):
+  calls.append(1)
+  write(directory, arrays)
+  if len(calls) == 2:
+    unplug()
+checkpoint._write_arrays = later
+""",
+  'result': """
+from cnn_jax import record
+write = record.write_result
+def later(*arguments):
+  unplug()
+  write(*arguments)
+record.write_result = later
+""",
+}
+
+
+def test_a_workdir_that_is_unplugged_ends_both_and_nothing_is_lost(tmp_path):
+  """In every phase of a streamed run, one after another."""
+  workdirs = [tmp_path / 'w', tmp_path / 'v']
+  arguments = (
+    *pairs.TINY,
+    '--config.epochs=6',
+    '--config.data.resident=never',
+    '--config.checkpoint.every_minutes=1e-9',
+  )
+  for code in PHASES.values():
+    code = UNPLUGGED.format(workdir=str(workdirs[0])) + code
+    lines = _ended(pairs.start_pair(workdirs, *arguments, code=(code, '')), 100, (2, 2))
+    assert lines[0].startswith('error: ') and str(workdirs[0]) in lines[0]
+    assert lines[1] == f'process 0: {lines[0]}'
+    assert not workdirs[0].exists(), 'something was written to another disk'
+    (tmp_path / 'w.away').rename(workdirs[0])
+  _ended(pairs.start_pair(workdirs, *arguments), 100, (0, 0))
+  whole = tmp_path / 'whole'
+  _ended(pairs.start_pair([whole, tmp_path / 'v'], *arguments), 100, (0, 0))
+  (one, _, _), (two, _, _) = (checkpoint.restore(w / 'checkpoints') for w in (workdirs[0], whole))
+  jax.tree.map(np.testing.assert_array_equal, one['params'], two['params'])
+  assert (workdirs[0] / 'metrics.jsonl').read_bytes() == (whole / 'metrics.jsonl').read_bytes()
+
+
 def test_a_full_disk_of_the_first_ends_both(tmp_path):
-  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *pairs.TINY, largest_file=5000)
+  processes = pairs.start_pair([tmp_path / 'w', tmp_path / 'v'], *pairs.TINY, code=(pairs.LIMITED.format(5000), ''))
   lines = _ended(processes, 120, (2, 2))
   assert 'cannot save the checkpoint of step' in lines[0]
   assert lines[1].startswith('process 0: error: cannot save the checkpoint of step')

@@ -77,16 +77,16 @@ def test_what_a_trial_cannot_do_is_its_outcome(tmp_path, monkeypatch):
 def test_an_exception_of_the_training_is_the_outcome_of_its_trial(tmp_path, monkeypatch):
   from cnn_jax import train
 
-  setup = train.setup
+  make_plan = train.make_plan
 
   def broken(config, *arguments, **options):
     if config.batch_size == 32:
       raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nand much more')
     if config.batch_size == 16:
       raise UsageError('the run of config.init_from has another network')
-    return setup(config, *arguments, **options)
+    return make_plan(config, *arguments, **options)
 
-  monkeypatch.setattr(train, 'setup', broken)
+  monkeypatch.setattr(train, 'make_plan', broken)
   space = space_of(*(f'config.batch_size = {size}' for size in (64, 32, 16, 128)))
   done = call_sweep_with_threads(monkeypatch, *write_files(tmp_path, space), *GRID, f'--workdir={tmp_path}/w')
   assert done.returncode == 0, done.stderr
@@ -110,7 +110,7 @@ def test_a_fault_of_the_machine_ends_the_sweep(tmp_path, monkeypatch, error, mes
   def broken(*_, **__):
     raise error
 
-  monkeypatch.setattr(train, 'setup', broken)
+  monkeypatch.setattr(train, 'make_plan', broken)
   done = call_sweep_with_threads(
     monkeypatch, *write_files(tmp_path), '--trials=2', '--seeds=0', f'--workdir={tmp_path}/w'
   )

@@ -1,0 +1,141 @@
+"""The benchmark for accelerators: its parts as rows, its limits of time, and its tables. Its measurements: test_parts."""
+
+import json
+import subprocess
+import time
+
+import pytest
+from PIL import Image
+
+from benchmarks import results
+from benchmarks.accelerator import part, run, streamed, tables
+from cnn_jax import UsageError
+from tests.helpers import call_command
+
+
+def _part(tmp_path, monkeypatch, source, seconds=20.0, add=lambda _: None):
+  """Runs a part of which the module has this source, and returns what the benchmark records."""
+  (tmp_path / 'made_part.py').write_text(source)
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path), prepend=':')
+  monkeypatch.setitem(run.PARTS, 'made', run.Part(seconds, 'made_part', small=()))
+  return run._run({'made': seconds}, tmp_path, 'cpu', small=True, add=add)['made']
+
+
+ROWS = """
+import sys, time, pathlib
+from benchmarks.accelerator import part
+args = part.parser('').parse_args(sys.argv[1:])
+rows = part.Rows(args.output, args.seconds)
+rows.attempt(lambda: {'value': 1}, what='good')
+rows.attempt(lambda: 1 / 0, what='bad')
+"""
+
+
+def test_a_row_that_fails_is_recorded_with_its_error(tmp_path, monkeypatch):
+  found = _part(tmp_path, monkeypatch, ROWS)
+  assert found['rows'] == [
+    {'what': 'good', 'value': 1},
+    {'what': 'bad', 'error': 'ZeroDivisionError: division by zero'},
+  ]
+  assert found['error'] is None
+
+
+def test_a_part_that_fails_keeps_its_rows(tmp_path, monkeypatch):
+  seen = []
+  found = _part(tmp_path, monkeypatch, f'{ROWS}\ntime.sleep(1)\nsys.exit(7)', add=seen.append)
+  assert seen[0]['made']['rows'][0]['what'] == 'good'
+  assert seen[0]['made']['error'].startswith('not finished')  # its rows are known before it ends
+  assert (len(found['rows']), found['error']) == (2, 'ended with status 7')
+
+
+def test_a_part_whose_time_is_over_ends_with_its_children_and_keeps_its_rows(tmp_path, monkeypatch):
+  child = "import subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(300)'])"
+  started = time.monotonic()
+  found = _part(tmp_path, monkeypatch, f'{ROWS}\n{child}', seconds=4.0)
+  assert time.monotonic() - started < 60
+  assert (len(found['rows']), found['error']) == (2, 'not finished in 4 s')
+
+
+def test_errors_are_one_plain_sentence():
+  timeout = subprocess.TimeoutExpired(['/a/path/python', '-m', 'any'], 12.4)
+  assert part.one_line(timeout) == 'not finished in 12 s'
+  assert part.one_line(UsageError('not measured,\nbecause it is late')) == 'not measured, because it is late'
+  assert part.one_line(ValueError('no')) == 'ValueError: no'
+
+
+def test_earlier_parts_are_kept_if_they_are_of_the_same_hardware_and_size(tmp_path):
+  file = tmp_path / 'results.json'
+  about = {'hardware': 'a GPU', 'small': False}
+  assert run._kept(about, file) == run._kept(about, None) == {}
+  file.write_text(json.dumps(about | {'parts': {'loop': {'rows': []}}}))
+  assert run._kept(about, file) == {'loop': {'rows': []}}
+  assert run._kept(about | {'small': True}, file) == {}
+  assert run._kept(about | {'hardware': 'another'}, file) == {}
+
+
+def test_untimed_parts_run_at_the_same_time_on_a_gpu_alone():
+  names = ['correctness', 'determinism', 'loop']
+  assert run._groups(names, 'gpu') == [['correctness', 'determinism'], ['loop']]
+  assert run._groups(names, 'tpu') == [['correctness'], ['determinism'], ['loop']]
+
+
+def test_a_part_without_its_module_is_left_out():
+  assert not run._is_possible(run.Part(1, 'any', needs='benchmarks.nothing.run'))
+  assert run._is_possible(run.Part(1, 'any', needs='benchmarks.many_seeds.run'))
+
+
+def test_an_unknown_part_is_refused():
+  done = call_command('benchmarks.accelerator.run', '--parts=all')
+  assert done.returncode == 2
+  assert "--parts has 'all'" in done.stderr
+
+
+def test_tables_of_rows_that_failed_say_why():
+  error = {'error': 'RuntimeError: no algorithm'}
+  parts = {
+    'device': [{'what': 'copy'} | error],
+    'correctness': [{'check': 'operation'} | error, {'check': 'b', 'error_found': 0.5, 'limit': 0.1, 'passed': False}],
+    'determinism': [{'network': 'cnn', 'run': 'again', 'compared_with': 'first'} | error],
+    'loop': [{'network': 'cnn', 'batch': 8} | error],
+    'step_time': [{'network': 'cnn', 'batch': 8, 'dtype': 'float32'} | error],
+    'streamed': [{'run': 'training', 'resident': 'never', 'workers': 2} | error],
+  }
+  found = results.describe(
+    small=True, parts={name: {'rows': rows, 'seconds': 1.0, 'error': None} for name, rows in parts.items()}
+  )
+  made = tables.tables(found)
+  for name in parts:
+    assert 'RuntimeError: no algorithm' in made[name]
+  assert '| b | 5.0e-01 | 1e-01 | **no** |' in made['correctness']
+  assert made['borrowed'] == 'Not measured yet.'
+
+
+def test_photographs_are_made(tmp_path, monkeypatch):
+  monkeypatch.setattr(streamed, 'CLASSES', 2)
+  monkeypatch.setattr(streamed, 'DISTINCT', 3)
+  found = streamed.make_photographs(tmp_path, 4)
+  assert 20 < found['kilobytes'] < 200
+  assert len(list(tmp_path.glob('train/*/*.jpg'))) == 4
+  assert len(list(tmp_path.glob('test/*/*.jpg'))) == 4
+  assert len({path.read_bytes() for path in tmp_path.glob('*/*/*.jpg')}) == 8  # no two files are the same
+  assert len({Image.open(path).tobytes() for path in tmp_path.glob('*/*/*.jpg')}) == 3
+
+
+@pytest.mark.faults
+def test_parts(tmp_path):
+  """All parts that a CPU runs, at reduced size: every row is a measurement, and every check passes."""
+  file = tmp_path / 'results.json'
+  done = call_command('benchmarks.accelerator.run', '--small', '--minutes=20', f'--json={file}')
+  assert done.returncode == 0, done.stderr
+  found = json.loads(file.read_text())
+  assert list(found['parts']) == list(run.SMALL)
+  assert found['commit']
+  for name, measured in found['parts'].items():
+    assert measured['commit'] == found['commit'], name
+    assert measured['rows'], name
+    assert measured['error'] is None, name
+    assert not [row for row in measured['rows'] if 'error' in row], name
+  assert all(row['passed'] is not False for row in found['parts']['correctness']['rows'])
+  assert all(row['same_bits'] for row in found['parts']['determinism']['rows'])
+  for table in tables.tables(found).values():
+    assert table in done.stdout
