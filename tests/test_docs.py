@@ -27,6 +27,15 @@ SMALL = {
   'cnn': ('--config.model.features=(4, 8)', '--config.model.convs_per_block=1'),
   'resnet': ('--config.model.width=4',),
   'plain': ('--config.model.features=(4, 8)',),
+  'imagenet': (
+    '--config.model.depth=18',
+    '--config.model.width=4',
+    '--config.data.canvas_size=32',
+    '--config.data.image_size=24',
+    '--config.augment.image_size=16',
+    '--config.batch_size=8',
+    '--config.evaluation.batch_size=8',
+  ),
   'efficientnet': ('--config.fine_tuning.views=1', '--config.model.frozen_stages=8', '--config.data.image_size=32'),
 }
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -120,6 +129,7 @@ def test_the_command_runs(places, command):
   if {'cnn_jax.main', 'cnn_jax.launch', 'cnn_jax.sweep'} & {*words}:
     network = next((w.partition('=')[2] for w in words if w.startswith('--config.model.name=')), 'cnn')
     network = 'efficientnet' if '--config=configs/photographs.py' in words else network
+    network = 'imagenet' if '--config=configs/imagenet.py:fast' in words else network
     words += [*QUICK, *SMALL[network]]
     if not any(word.startswith('--workdir') for word in words):
       words.append(f'--workdir={places / "run"}-{abs(hash(command))}')
