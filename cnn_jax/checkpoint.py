@@ -8,6 +8,7 @@ One process writes: the one that holds the lock of the workdir. Any number of pr
 Everything is plain arrays and JSON: nothing is executed when a checkpoint is read.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -60,6 +61,7 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
   temporary, target, replaced = directory / f'.tmp-{step}', directory / str(step), directory / f'.old-{step}'
   try:
     directory.mkdir(exist_ok=True)  # not its parents: the disk of the workdir may have been removed
+    place = os.stat(directory)
     clean(directory)
     try:
       temporary.mkdir()
@@ -68,6 +70,8 @@ def save(directory: str | os.PathLike, step: int, state: Any, *, info: Mapping[s
       manifest = {'step': step, 'files': {name: _fingerprint(temporary / name) for name in _files(temporary)}}
       (temporary / 'manifest.json').write_text(json.dumps(manifest, indent=2, sort_keys=True) + '\n')
       _sync_tree(temporary)
+      if not os.path.samestat(place, os.stat(directory)):  # orbax has made the directory again, elsewhere
+        raise FileNotFoundError(errno.ENOENT, 'the workdir was moved or its disk was removed')
     except OSError:
       shutil.rmtree(temporary, ignore_errors=True)  # frees the space for the rest of the run
       raise

@@ -54,8 +54,10 @@ def use(made):
   steps = config.steps_per_epoch(made, 1000)
   schedule = make_schedule(made.schedule, made.optimizer.learning_rate, config.num_epochs(made, 1000) * steps, steps)
   assert schedule(0) >= 0
-  variables = models.init_shapes(models.create(made.model, 10), (16, 16, 3))
-  jax.eval_shape(make_optimizer(made.optimizer, schedule).init, variables['params'])
+  model = models.create(made.model, 10)
+  variables, stages = models.init_shapes(model, (16, 16, 3)), models.parameters_by_stage(model, (16, 16, 3))
+  optimizer = make_optimizer(made.optimizer, schedule, stages, made.model.frozen_stages)
+  jax.eval_shape(optimizer.init, variables['params'])
 
 
 @pytest.mark.faults
