@@ -48,9 +48,11 @@ def _gradients(name, **fields):
 def test_the_results_are_the_same(name, fields):
   kept, again = (_gradients(name, **fields, rematerialize=rematerialize) for rematerialize in (False, True))
   assert jax.tree.structure(kept) == jax.tree.structure(again)  # the names of the variables as well
+  # Before a norm, the gradient of a bias is the rounding error of the others, of which the largest gives the scale.
+  scale = max(np.abs(np.asarray(x, np.float32)).max() for x in jax.tree.leaves(kept))
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(again), strict=True):
     a, b = (np.asarray(x, np.float32) for x in (a, b))
-    atol = (1e-2 if 'dtype' in fields else 1e-6) * np.abs(a).max()
+    atol = (3e-2 if 'dtype' in fields else 1e-6) * scale
     np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=str(path))
 
 

@@ -132,7 +132,8 @@ def init(model: nn.Module, key: jax.Array, image_shape: Sequence[int], *, head_o
     return zeros | {'params': zeros['params'] | {'head': head['params']['head']}}
   kernels = sum(len(x.shape) > 1 for x in jax.tree.leaves(init_shapes(model, image_shape)))
   # XLA:CPU takes 46 s for the random numbers of a ResNet-50, and 4 s without optimisation, which changes the last bits.
-  deep = jax.default_backend() == 'cpu' and kernels >= _DEEP
+  traced = isinstance(key, jax.core.Tracer)  # nothing is compiled here then, and options would be refused
+  deep = jax.default_backend() == 'cpu' and kernels >= _DEEP and not traced
   options = {'xla_backend_optimization_level': 0} if deep else None
   variables = jax.jit(model.init, compiler_options=options)(key, jnp.zeros((1, *image_shape), jnp.float32))
   return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
