@@ -44,7 +44,7 @@ def test_a_first_convolution_with_pooling_is_lowered_for_the_platform():
   # Two convolutions of each of two blocks, each with two gradients but for the first, whose images have none.
   for platform in ('cuda', 'tpu'):
     found = _operations(config, (8, 8, 1), 10, platform)
-    assert found['convolution'] == 3 * 4 - 1
+    assert found['convolution'] in (3 * 4 - 1, 3 * 4)  # JAX 0.10 leaves it to XLA to remove the gradient of the images
     assert found['select_and_scatter'] == 1  # of the pooling, as XLA has it there
   of_cpu = _operations(config, (8, 8, 1), 10, 'cpu')
   assert 'select_and_scatter' not in of_cpu
@@ -56,6 +56,6 @@ def test_a_first_convolution_with_pooling_is_lowered_for_the_platform():
 def test_the_step_of_imagenet_is_lowered_for_accelerators(platform, variant):
   config = config_lib.load(f'{ROOT}/configs/imagenet.py{variant}', ['--config.batch_size=256'])
   found = _operations(config, (256, 256, 3), 1000, platform)
-  assert found['convolution'] == 3 * 53 - 1
+  assert found['convolution'] in (3 * 53 - 1, 3 * 53)
   assert found['dot_general'] == 3  # the head and its gradients; on the CPU 1x1 convolutions are matrix products
   assert found['select_and_scatter'] == 1
