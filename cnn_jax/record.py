@@ -20,9 +20,9 @@ from cnn_jax import config as config_lib
 # Sections and fields that a resumed run may change: they determine what is recorded, where the data are and how they are
 # kept, and what is computed twice, not what is computed. The identity of the data is checked by itself.
 _FREE = (
-  *('log', 'checkpoint', 'data.dir', 'data.table', 'data.resident', 'data.megabytes', 'data.workers'),
-  'model.rematerialize',
-)
+  'log', 'checkpoint', 'model.rematerialize',
+  'data.dir', 'data.table', 'data.resident', 'data.megabytes', 'data.workers',
+)  # fmt: skip
 # Of these, the fields in which the processes of a run may differ. Resident and streamed sets take their steps in other calls.
 _OWN = ('log.', 'checkpoint.', 'data.dir', 'data.table', 'data.workers')
 _LENGTH = ('epochs', 'min_steps')  # a run with a constant schedule may be continued
@@ -35,7 +35,8 @@ def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
   """Checks that a run can be started in a workdir, or continued there, with a config.
 
   A continued run must have the config that it was started with, except for the sections `log` and `checkpoint`, the place
-  of the data and how they are read, and, if the schedule is constant, more epochs. A field that is newer than the run counts as its default.
+  of the data and how they are read, and, if the schedule is constant, more epochs. A field that is newer than the run
+  counts as its default.
 
   Args:
     workdir: of the run; may not exist yet.
