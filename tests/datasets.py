@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 
+import numpy as np
 from PIL import Image
 
 from cnn_jax.config import default_config
@@ -30,6 +31,17 @@ def make_folder(root, splits=('train', 'test'), count=30):
       for i in range(count):
         write(root / split / name / f'{i:02}.png', 100 * s + 50 * c + i)
   return root
+
+
+def make_noisy_folder(root, count, size, spread):
+  """Writes `count` noisy RGB pictures per split of two classes, `night` and `day`, whose mean levels differ."""
+  rng = np.random.default_rng(0)
+  for split in ('train', 'test'):
+    for level, name in ((60, 'night'), (190, 'day')):
+      (root / split / name).mkdir(parents=True)
+      for i in range(count):
+        pixels = np.clip(rng.normal(level, spread, (*size, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / split / name / f'{i}.png')
 
 
 def make_tar(path, members, **fields):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from cnn_jax import UsageError, evaluate, export, models, plan
 from cnn_jax import config as config_lib
@@ -17,7 +16,7 @@ from cnn_jax.data.augment import Statistics
 from cnn_jax.predict import Classifier
 from cnn_jax.report.subject import Subject
 from cnn_jax.run import load_run, load_run_dataset
-from tests.datasets import settings
+from tests.datasets import make_noisy_folder, settings
 from tests.helpers import QUICK, call_command, logits_of, untrained_run
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -235,13 +234,7 @@ def test_the_onnx_file_crops():
 def trained(tmp_path_factory):
   """The workdir of a run whose canvas is larger than its input, and its folder of pictures."""
   place = tmp_path_factory.mktemp('canvas')
-  rng = np.random.default_rng(0)
-  for split in ('train', 'test'):
-    for level, name in ((60, 'night'), (190, 'day')):
-      (place / 'set' / split / name).mkdir(parents=True)
-      for i in range(12):
-        pixels = np.clip(rng.normal(level, 40, (21, 18, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(place / 'set' / split / name / f'{i}.png')
+  make_noisy_folder(place / 'set', 12, (21, 18), 40)
   done = call_command(
     'cnn_jax.main', '--config=configs/image_folder.py', f'--config.data.dir={place / "set"}', f'--workdir={place / "run"}',
     '--config.data.image_size=10', '--config.data.canvas_size=13', '--config.augment.image_size=8', '--config.epochs=2',

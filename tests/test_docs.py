@@ -16,6 +16,7 @@ from cnn_jax import config as config_lib
 from cnn_jax import main, models
 from cnn_jax.config import default_config
 from experiments import reproduce
+from tests.datasets import make_noisy_folder
 from tests.helpers import ROOT, call_command
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -67,13 +68,7 @@ COMMANDS = [c for c in dict.fromkeys(_commands()) if c not in (*SET_UP, *CLUSTER
 def places(tmp_path_factory):
   """A folder of images, the network of docs/adding.md, and room for runs."""
   directory = tmp_path_factory.mktemp('docs')
-  random = np.random.default_rng(0)
-  for split in ('train', 'test'):
-    for level, name in ((60, 'night'), (190, 'day')):
-      (directory / 'pictures' / split / name).mkdir(parents=True)
-      for i in range(80):
-        pixels = np.clip(random.normal(level, 30, (40, 36, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(directory / 'pictures' / split / name / f'{i}.png')
+  make_noisy_folder(directory / 'pictures', 80, (40, 36), 30)
   (directory / 'networks').mkdir()
   network = next(block for block in _blocks(ROOT / 'docs' / 'adding.md', 'python') if 'def create(' in block)
   (directory / 'networks' / 'plain.py').write_text(network)
