@@ -153,6 +153,8 @@ def check(config: ConfigDict) -> None:
     raise UsageError(
       'config.evaluation.views averages over flips and shifts, but config.augment has neither; turn one of them on.'
     )
+  if config.augment.alternate and not config.augment.flip:
+    raise UsageError('config.augment.alternate says which epochs mirror an image; it needs config.augment.flip=True.')
   if not config.min_steps:  # otherwise the number of epochs depends on the data; see `check_data`
     _check_warmup(config, config.epochs)
 

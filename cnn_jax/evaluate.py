@@ -112,13 +112,16 @@ class Views:
 
   views: tuple[tuple[bool, int, int], ...]  # (mirror, down, right); the unchanged image comes first
   padding: str  # how shifts fill the pixels from outside the image
+  weights: tuple[float, ...] = ()  # of the mean of log-probabilities; (): the mean of probabilities
 
 
-def tta_views(config_augment: Any) -> Views:
+def tta_views(config_augment: Any, rule: str = 'cross') -> Views:
   """Chooses the views of test-time augmentation: mirrored if training flips, one pixel each way if it shifts.
 
   Args:
     config_augment: the section `config.augment` of the run.
+    rule: `cross`: shifts to the four sides, all views with equal weights. `diagonal`: shifts to two corners, which
+      together have the weight of the image in its place (Jordan, arXiv 2404.00498, section 3.5).
 
   Raises:
     UsageError: training used neither flips nor shifts.
@@ -128,9 +131,15 @@ def tta_views(config_augment: Any) -> Views:
       'this run was trained without config.augment.flip and config.augment.shift, '
       'so there are no views to average over; leave out --tta.'
     )
-  shifts = [(0, 0)] + ([(-1, 0), (1, 0), (0, -1), (0, 1)] if config_augment.shift else [])
+  around = {'cross': [(-1, 0), (1, 0), (0, -1), (0, 1)], 'diagonal': [(1, 1), (-1, -1)]}[rule]
+  shifts = [(0, 0)] + (around if config_augment.shift else [])
   mirrors = [False, True] if config_augment.flip else [False]
-  return Views(tuple((mirror, *shift) for mirror in mirrors for shift in shifts), config_augment.padding)
+  views = tuple((mirror, *shift) for mirror in mirrors for shift in shifts)
+  if rule == 'cross':
+    return Views(views, config_augment.padding)
+  views = tuple((mirror, down, -right if mirror else right) for mirror, down, right in views)  # shifted, then mirrored
+  relative = [2 if (down, right) == (0, 0) else 1 for _, down, right in views]
+  return Views(views, config_augment.padding, tuple(weight / sum(relative) for weight in relative))
 
 
 def run_views(config: Any, tta: bool | None = None) -> Views | None:
@@ -143,7 +152,8 @@ def run_views(config: Any, tta: bool | None = None) -> Views | None:
   Raises:
     UsageError: see `tta_views`.
   """
-  return tta_views(config.augment) if (config.evaluation.views if tta is None else tta) else None
+  wanted = config.evaluation.views if tta is None else tta
+  return tta_views(config.augment, config.evaluation.view_rule) if wanted else None
 
 
 def compute_logits(
@@ -164,8 +174,8 @@ def compute_logits(
     statistics: of the network's input; see `config.statistics`.
     batch_size: images per call over all devices, rounded up to a multiple of their number. The last batch is padded,
       and the logits of the padding are dropped.
-    views: average over these views. Probabilities are averaged rather than logits, so that one view with a confident
-      error cannot outvote several that are moderately confident.
+    views: average over these views. Without weights, probabilities are averaged rather than logits, so that one view with
+      a confident error cannot outvote several that are moderately confident.
 
   Returns:
     float32 (n, num_classes), on every process; with views, the logarithms of the mean probabilities.
@@ -180,7 +190,7 @@ def compute_logits(
   for start, batch in _read_batches(images, range(first, end, size), end):
     if len(batch) < size:
       batch = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-    result = _batch_logits(model, variables, distribute.shard(batch), statistics, views)
+    result = batch_logits(model, variables, distribute.shard(batch), statistics, views)
     count = min(size, end - start)
     logits[start - first : start - first + count] = np.asarray(result)[:count]
   return distribute.gather(logits)[: len(images)]
@@ -214,9 +224,10 @@ def _read_batches(images: Any, starts: range, end: int) -> Iterator[tuple[int, n
     yield batch
 
 
-def _batch_logits(
+def batch_logits(
   model: nn.Module, variables: Any, images: jax.Array, statistics: Statistics, views: Views | None
 ) -> jax.Array:
+  """Computes the logits of one batch on the devices; see `compute_logits`."""
   if views is None:
     return eval_step(model, variables, images, statistics)
   shifted = any(shift != [0, 0] for _, *shift in views.views)
@@ -232,6 +243,9 @@ def _batch_logits(
     )
     for mirror, *shift in views.views
   ]
+  if views.weights:
+    weighted = [weight * x for weight, x in zip(views.weights, log_probabilities, strict=True)]
+    return jax.nn.log_softmax(functools.reduce(jnp.add, weighted))
   return functools.reduce(jnp.logaddexp, log_probabilities) - np.log(len(log_probabilities))
 
 

@@ -54,6 +54,7 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   augment.shift = 0  # random translation by up to this many pixels each way
   augment.padding = 'constant'  # of the pixels that move in: constant (the level of the corners) | reflect
   augment.flip = False  # mirror left-right with probability 1/2
+  augment.alternate = False  # if it flips: mirror a random half in the first epoch, then the other half, and so on
   augment.rotate = 0.0  # random rotation by up to this many degrees each way
   augment.scale = 0.0  # random zoom by a factor in [1 - scale, 1 + scale]
   augment.crop = 0.0  # random resized crop of at least this share of the area, aspect 3/4 to 4/3; 0: off
@@ -69,12 +70,16 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   config.model = models.default_config(model)  # the fields of the network; see its file in cnn_jax/models/
 
   config.optimizer = optimizer = ConfigDict()
-  optimizer.name = 'sgd'  # sgd | adamw | lion | muon
+  optimizer.name = 'sgd'  # sgd | adamw | lion | muon | muon_sgd (see muon.py)
   optimizer.learning_rate = 0.1  # the schedule's peak
-  optimizer.momentum = 0.9  # sgd's and muon's momentum; b1 of adamw and lion
+  optimizer.momentum = 0.9  # of sgd and muon; b1 of adamw and lion
   optimizer.nesterov = True  # sgd and muon
   optimizer.b2 = 0.999  # adamw and lion
   optimizer.weight_decay = 5e-3  # decoupled, times the learning rate; kernels only
+  optimizer.head_rate = 0.1  # muon_sgd: the peak of the head; its weight_decay is divided by this
+  optimizer.bias_rate = 0.1  # muon_sgd: the peak of biases and scales, likewise
+  optimizer.sgd_momentum = 0.85  # muon_sgd: of head, biases and scales
+  optimizer.first_stage_epochs = 0.0  # of training the first stage's biases, and never its kernels; 0: as all others
   optimizer.clip_norm = 0.0  # largest global gradient norm; 0: off
   optimizer.accumulate_steps = (
     1  # parts of a batch, one after another: less memory; batch norm normalises each by itself
@@ -93,6 +98,7 @@ def default_config(model: str = 'cnn') -> ConfigDict:
 
   config.loss = loss = ConfigDict()
   loss.label_smoothing = 0.0
+  loss.reduction = 'mean'  # over the batch: mean | sum
   loss.class_weights = ()  # balanced (as many images of each class would be), or a number per class; (): off
 
   config.evaluation = evaluation = ConfigDict()
@@ -100,6 +106,7 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   evaluation.every_epochs = 1  # epochs between validations; the last epoch always ends with one
   evaluation.min_steps = 20  # at least this many steps between validations: tiny epochs share one
   evaluation.views = False  # average over the flips and shifts of training (by a pixel), in validation and test too
+  evaluation.view_rule = 'cross'  # cross: shifts to four sides | diagonal: to two corners; see evaluate.tta_views
   evaluation.patience = 0  # end after this many validations without a better score, at the best state; 0: off
   evaluation.ema_decay = 0.0  # evaluate an exponential average of parameters and statistics; 0: off
 
@@ -141,14 +148,19 @@ RULES: dict[str, Any] = {
   'augment.saturation': 'below one',
   'augment.crop': 'at most one',
   'augment.hue': 'at most half',
-  'optimizer.name': ('sgd', 'adamw', 'lion', 'muon'),
+  'optimizer.name': ('sgd', 'adamw', 'lion', 'muon', 'muon_sgd'),
   'optimizer.learning_rate': 'positive',
+  'optimizer.head_rate': 'positive',
+  'optimizer.bias_rate': 'positive',
   'optimizer.momentum': 'below one',
+  'optimizer.sgd_momentum': 'below one',
   'optimizer.b2': 'below one',
   'optimizer.accumulate_steps': 'positive',
   'schedule.name': ('constant', 'cosine', 'one_cycle', 'linear'),
   'loss.label_smoothing': 'below one',
+  'loss.reduction': ('mean', 'sum'),
   'evaluation.batch_size': 'positive',
+  'evaluation.view_rule': ('cross', 'diagonal'),
   'evaluation.every_epochs': 'positive',
   'evaluation.ema_decay': 'below one',
   'checkpoint.every_epochs': 'positive',

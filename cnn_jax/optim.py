@@ -1,6 +1,7 @@
 """The optimizer and its learning-rate schedule, from a config."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+
+from cnn_jax import muon
 
 
 def make_schedule(config: Any, peak: float, total_steps: int, steps_per_epoch: int) -> optax.Schedule:
@@ -47,30 +50,49 @@ def make_schedule(config: Any, peak: float, total_steps: int, steps_per_epoch: i
 
 
 def make_optimizer(
-  config: Any, learning_rate: optax.Schedule, stages: Any = None, frozen_stages: int = 0
+  config: Any, learning_rate: optax.Schedule, stages: Any = None, frozen_stages: int = 0, steps_per_epoch: int = 1
 ) -> optax.GradientTransformation:
   """The optax chain: clips the gradient, preconditions it, decays kernels, scales by the learning rate.
 
   Args:
     config: the section `config.optimizer`.
     learning_rate: from `make_schedule`.
-    stages: from `models.parameters_by_stage`; needed if stages are frozen or have rates of their own.
+    stages: from `models.parameters_by_stage`; needed if `needs_stages`, or if stages are frozen.
     frozen_stages: the stages, from the first on, whose parameters are neither updated nor decayed.
+    steps_per_epoch: turns the epochs of `first_stage_epochs` into steps.
 
   Returns:
     A gradient transformation. Weight decay is decoupled (Loshchilov and Hutter 2019), multiplied by the learning rate,
-    and applied to kernels only, not to biases and scales of norms.
+    and applied to kernels only, not to biases and scales of norms. With `muon_sgd` it is part of the gradient, and
+    applied to all but filters.
   """
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-  decay = optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
+  rescaled = config.name == 'muon_sgd'
+  decay = optax.identity() if rescaled else optax.add_decayed_weights(config.weight_decay, mask=is_kernel)
+  group = partial(_groups, config, stages, frozen_stages)
+  scale = optax.scale_by_learning_rate(learning_rate)
+  if steps := config.first_stage_epochs * steps_per_epoch:
+    first = optax.scale_by_learning_rate(_to_zero(config.learning_rate, steps))
+    rates = dict.fromkeys(('filter', 'kernel', 'bias'), scale) | {'first_bias': first, 'fixed': optax.set_to_zero()}
+    scale = optax.partition(rates, group)
   return optax.chain(
     clip,
-    _precondition(config),
+    _precondition(config, group),
     decay,
-    optax.scale_by_learning_rate(learning_rate),
+    scale,
     *([_scale_by_stage(config.stage_rates, stages)] if config.stage_rates else []),
     _freeze(stages, frozen_stages) if frozen_stages else optax.identity(),
+    *([muon.rescale(lambda params: jax.tree.map(lambda name: name == 'filter', group(params)))] if rescaled else []),
   )
+
+
+def needs_stages(config: Any) -> bool:
+  """Whether `make_optimizer` asks for the stages of the parameters.
+
+  Args:
+    config: the section `config.optimizer`.
+  """
+  return bool(config.stage_rates or config.first_stage_epochs)
 
 
 def is_kernel(params: Any) -> Any:
@@ -105,7 +127,40 @@ def _freeze(stages: Any, frozen_stages: int) -> optax.GradientTransformation:
   return optax.masked(optax.set_to_zero(), jax.tree.map(lambda stage: stage <= frozen_stages, stages))
 
 
-def _precondition(config: Any) -> optax.GradientTransformation:
+def _to_zero(peak: float, steps: float) -> optax.Schedule:
+  """Falls linearly to zero, and stays there."""
+  return lambda step: peak * jnp.maximum(0.0, 1 - step / steps)
+
+
+def _groups(config: Any, stages: Any, frozen_stages: int, params: Any) -> Any:
+  """A tree like `params` of what each is to the optimizer.
+
+  `filter`: a tensor (height, width, channels, features) of a layer that is not the head; `kernel`: another one with two
+  axes or more; `bias`: the rest. With `first_stage_epochs` the first stage has a `first_bias`, and what else it has, or
+  is in a frozen stage, is `fixed`. So is the bias of the head with `muon_sgd`: it adds to the logits directly, unlike
+  any other bias, so the rate of the others makes it oscillate with the sums of the errors.
+  """
+
+  def group(path: Any, param: Any, stage: int) -> str:
+    first, kernel = stage == 1 and config.first_stage_epochs > 0, np.ndim(param) > 1
+    if stage <= frozen_stages or (first and kernel):
+      return 'fixed'
+    if config.name == 'muon_sgd' and _is_head(path) and not kernel:
+      return 'fixed'
+    if kernel:
+      return 'filter' if np.ndim(param) == 4 and not _is_head(path) else 'kernel'
+    return 'first_bias' if first else 'bias'
+
+  stages = jax.tree.map(lambda _: frozen_stages + 1, params) if stages is None else stages
+  return jax.tree_util.tree_map_with_path(group, params, stages)
+
+
+def _precondition(config: Any, group: Callable[[Any], Any]) -> optax.GradientTransformation:
+  if config.name == 'muon_sgd':
+    biases = _sgd(config, config.bias_rate)
+    filters = muon.orthogonalized_momentum(config.momentum, config.nesterov)
+    by_group = {'filter': filters, 'kernel': _sgd(config, config.head_rate), 'fixed': optax.set_to_zero()}
+    return optax.partition(by_group | {'bias': biases, 'first_bias': biases}, group)
   if config.name == 'sgd':
     return optax.trace(decay=config.momentum, nesterov=config.nesterov)
   if config.name == 'adamw':
@@ -123,9 +178,22 @@ def _precondition(config: Any) -> optax.GradientTransformation:
   )
 
 
+def _sgd(config: Any, rate: float) -> optax.GradientTransformation:
+  """SGD of `muon_sgd` with a peak rate of its own; the chain multiplies by that of the filters."""
+  return optax.chain(
+    optax.add_decayed_weights(config.weight_decay / rate),
+    optax.trace(decay=config.sgd_momentum, nesterov=True),
+    optax.scale(rate / config.learning_rate),
+  )
+
+
 def _filter_dimensions(params: Any) -> Any:
   def dimensions(path, param):
-    is_filter = np.ndim(param) == 4 and 'head' not in jax.tree_util.keystr(path)
+    is_filter = np.ndim(param) == 4 and not _is_head(path)
     return optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if is_filter else None
 
   return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _is_head(path: Any) -> bool:
+  return 'head' in jax.tree_util.keystr(path)

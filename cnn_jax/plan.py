@@ -10,9 +10,8 @@ import jax
 import optax
 
 from cnn_jax import config as config_lib
-from cnn_jax import frozen, models, parts
+from cnn_jax import frozen, models, optim, parts
 from cnn_jax.data import augment
-from cnn_jax.optim import make_optimizer, make_schedule
 from cnn_jax.state import INIT, TrainState, create_state
 from cnn_jax.step import train_step
 
@@ -50,12 +49,12 @@ def make_plan(
   epochs = config_lib.num_epochs(config, num_train)
   total_steps = epochs * steps_per_epoch
   model = models.create(config.model, num_classes)
-  learning_rate = make_schedule(config.schedule, config.optimizer.learning_rate, total_steps, steps_per_epoch)
+  learning_rate = optim.make_schedule(config.schedule, config.optimizer.learning_rate, total_steps, steps_per_epoch)
   shape, trained = (config_lib.input_shape(config, image_shape, training=training) for training in (False, True))
   stages = None
-  if config.model.frozen_stages or config.optimizer.stage_rates:
+  if config.model.frozen_stages or optim.needs_stages(config.optimizer):
     stages = models.parameters_by_stage(model, shape)
-  tx = make_optimizer(config.optimizer, learning_rate, stages, config.model.frozen_stages)
+  tx = optim.make_optimizer(config.optimizer, learning_rate, stages, config.model.frozen_stages, steps_per_epoch)
   boundary = frozen.find_boundary(config, model, num_train, shape, epochs)
   prepare = partial(augment.augment, config.augment, config_lib.statistics(config.data))
   if boundary:
@@ -73,6 +72,8 @@ def make_plan(
     label_smoothing=config.loss.label_smoothing,
     class_weights=tuple(config.loss.class_weights),
     ema_decay=config.evaluation.ema_decay,
+    loss_factor=config.batch_size if config.loss.reduction == 'sum' else 1,
+    alternate=steps_per_epoch if config.augment.flip and config.augment.alternate and not boundary else 0,
     num_parts=max(
       config.optimizer.accumulate_steps, parts.count(config.batch_size // jax.device_count(), pixels, independent)
     ),

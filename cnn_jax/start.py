@@ -9,10 +9,13 @@ import jax
 import numpy as np
 import optax
 
-from cnn_jax import checkpoint, command, distribute, files, frozen, saving, weights
-from cnn_jax.data import Dataset, identity
+from cnn_jax import checkpoint, command, distribute, files, frozen, models, saving, weights
+from cnn_jax import config as config_lib
+from cnn_jax.data import Dataset, augment, identity
 from cnn_jax.record import check_saved_config, shared_fields
 from cnn_jax.state import VIEWS, TrainState, create_state
+
+INITIAL_IMAGES = 5000  # from which a network may compute its first weights
 
 
 def restore(
@@ -47,6 +50,24 @@ def restore(
     return state, 0, info
   state, step, info = restored
   return state, step, {**identities, 'trained_images': info.pop('timed_images', 0)} | info  # its name in version 0.1
+
+
+def from_data(made: Any, state: TrainState, dataset: Dataset, config: Any) -> TrainState:
+  """The state of a new run, with the weights that the network computes from training images.
+
+  Args:
+    made: `plan.Plan`.
+    state: before the first step; that of weights of another run stays as it is.
+    dataset: to train on.
+    config: of the run, adapted to the data.
+  """
+  if config.init_from or not models.depends_on_data(config.model):
+    return state
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  # From all parts of the split, which may be sorted.
+  chosen = np.linspace(0, len(dataset.train) - 1, min(len(dataset.train), INITIAL_IMAGES)).astype(int)
+  images = augment.normalize(dataset.train.images[chosen], config_lib.statistics(config.data))
+  return create_state(models.initialize(config.model, variables, images), made.tx, config.evaluation.ema_decay)
 
 
 def facts(step: int, config: Any, dataset: Dataset) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import optax
 from flax import struct
 
 # Purposes of randomness, folded into the key of the seed. Keys are derived, never stored.
-INIT, AUGMENT, DROPOUT, VIEWS = range(4)
+INIT, AUGMENT, DROPOUT, VIEWS, FLIP = range(5)
 
 
 class TrainState(struct.PyTreeNode):

@@ -9,9 +9,9 @@ import optax
 from jax import lax
 
 from cnn_jax import distribute, metrics, parts
-from cnn_jax.data import feed
+from cnn_jax.data import augment, feed
 from cnn_jax.optim import average
-from cnn_jax.state import AUGMENT, DROPOUT, TrainState
+from cnn_jax.state import AUGMENT, DROPOUT, FLIP, TrainState
 
 STEP_METRICS = ('loss', 'accuracy', 'count', 'learning_rate', 'gradient_norm', 'parameter_norm', 'update_norm')
 
@@ -28,6 +28,8 @@ def train_step(
   label_smoothing: float,
   class_weights: tuple[float, ...],
   ema_decay: float,
+  loss_factor: int = 1,
+  alternate: int = 0,
   num_parts: int = 1,
   independent: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -46,6 +48,8 @@ def train_step(
     label_smoothing: the share of a label that is spread over all classes.
     class_weights: of the classes in the loss; see `metrics.relative_weights`. (): no weights.
     ema_decay: of the averages for evaluation; 0: off.
+    loss_factor: of the mean loss; the size of the global batch makes it the sum.
+    alternate: steps per epoch, if epochs mirror each image and leave it in turn; see `augment.alternate`. 0: off.
     num_parts: of the batch of a device, whose gradients are computed one after another and averaged. Batch norm then uses
       the statistics of a part over all devices (ghost batch norm, Hoffer et al. 2017, arXiv 1705.08741), and its running
       statistics change by the mean of the changes that the parts make.
@@ -57,7 +61,11 @@ def train_step(
   """
   one_hot = jax.nn.one_hot(batch['labels'], model.num_classes)
   augment_key = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), state.step)
-  images, labels = prepare(augment_key, batch['positions'], batch['images'], one_hot)
+  mirror = {}
+  if alternate:
+    chosen = augment.alternate(jax.random.fold_in(key, FLIP), batch['images'], state.step // alternate)
+    mirror = {'mirror': chosen}
+  images, labels = prepare(augment_key, batch['positions'], batch['images'], one_hot, **mirror)
   weights = metrics.relative_weights(labels, class_weights, distribute.AXIS) if class_weights else None
   labels = metrics.smooth_labels(labels, label_smoothing)
   dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
@@ -77,7 +85,8 @@ def train_step(
     batch_stats = updated.get('batch_stats', {})
     if num_parts > 1:  # the share in the change: exactly zero where statistics are fixed
       batch_stats = jax.tree.map(lambda new, old: (new - old) / num_parts, batch_stats, state.batch_stats)
-    return jnp.mean(losses), (metrics.training_sums(losses, logits, labels), batch_stats)
+    loss = jnp.mean(losses) if loss_factor == 1 else loss_factor * jnp.mean(losses)
+    return loss, (metrics.training_sums(losses, logits, labels), batch_stats)
 
   examples = (images, labels, batch['positions'], weights)
   gradient, (sums, batch_stats) = parts.gradient(
@@ -107,12 +116,12 @@ def take_steps(
   images: jax.Array,
   labels: jax.Array,
   indices: jax.Array,
-  num_steps: jax.Array,
+  num_steps: jax.Array | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One device's part of several steps; what `compile_steps` compiles.
 
   The number of steps is dynamic: one program serves calls of any length on every backend, so an interrupted run
-  continues with the same program. On a GPU that costs a host round trip per step.
+  continues with the same program. On a GPU that costs a host round trip per step, which a call of all steps avoids.
 
   Args:
     step: of `Setup`.
@@ -126,4 +135,4 @@ def take_steps(
     return state, {name: buffer.at[i].set(measured[name]) for name, buffer in buffers.items()}
 
   buffers = {name: jnp.zeros(indices.shape[0], jnp.float32) for name in STEP_METRICS}
-  return lax.fori_loop(0, num_steps, body, (state, buffers))
+  return lax.fori_loop(0, len(indices) if num_steps is None else num_steps, body, (state, buffers))

@@ -51,19 +51,23 @@ def compile_steps(step: Callable, seed: int, *, sharded: bool = False) -> Callab
   Returns:
     `train_steps(state, images, labels, indices, num_steps) -> (state, metrics)`. `state`, `images` uint8 (n, height,
     width, channels) and `labels` int32 (n,) are replicated, unless they are sharded; `indices`, from `feed`, are the
-    examples that each device takes at each step; only the first `num_steps` steps are taken. `metrics` holds float32
-    (steps,) of each of `train_step`'s. The state is donated.
+    examples that each device takes at each step; only the first `num_steps` steps are taken, or all if it is None.
+    `metrics` holds float32 (steps,) of each of `train_step`'s. The state is donated.
   """
+  # An argument and not a constant, so that all seeds of a config share one compiled program.
+  return partial(_compiled(step, sharded), np.asarray(jax.random.key_data(jax.random.key(seed))))
+
+
+@functools.lru_cache(1)  # for seeds that follow one another
+def _compiled(step: Callable, sharded: bool) -> Callable:
   # The axis name ties the collectives and batch norm to this call.
-  compiled = jax.pmap(
+  return jax.pmap(
     partial(take_steps, step),
     axis_name=distribute.AXIS,
     in_axes=(None, None, 0 if sharded else None, 0 if sharded else None, 1, None),
     out_axes=(None, None),
     donate_argnums=1,
   )
-  # An argument and not a constant, so that all seeds of a config share one compiled program.
-  return partial(compiled, np.asarray(jax.random.key_data(jax.random.key(seed))))
 
 
 def train(
@@ -118,6 +122,7 @@ def train(
     distribute.say(f'Resuming at step {step:,} of {total_steps:,}.')
   elif primary:
     identity.write_record(workdir, dataset, info['data'])
+    state = start.from_data(made, state, dataset, config)
   state = distribute.replicate(distribute.from_first(state))
   peers.compare(lambda: start.facts(step, config, dataset))
   evaluate_split = partial(evaluate.evaluate_split, made.model, config=config)

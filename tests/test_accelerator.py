@@ -79,11 +79,6 @@ def test_untimed_parts_run_at_the_same_time_on_a_gpu_alone():
   assert run._groups(names, 'tpu') == [['correctness'], ['determinism'], ['loop']]
 
 
-def test_a_part_without_its_module_is_left_out():
-  assert not run._is_possible(run.Part(1, 'any', needs='benchmarks.nothing.run'))
-  assert run._is_possible(run.Part(1, 'any', needs='benchmarks.many_seeds.run'))
-
-
 def test_an_unknown_part_is_refused():
   done = call_command('benchmarks.accelerator.run', '--parts=all')
   assert done.returncode == 2
@@ -128,11 +123,11 @@ def test_parts(tmp_path):
   done = call_command('benchmarks.accelerator.run', '--small', '--minutes=20', f'--json={file}')
   assert done.returncode == 0, done.stderr
   found = json.loads(file.read_text())
-  assert list(found['parts']) == list(run.SMALL)
+  assert list(found['parts']) == list(run.PARTS)
   assert found['commit']
   for name, measured in found['parts'].items():
     assert measured['commit'] == found['commit'], name
-    assert measured['rows'], name
+    assert measured['rows'] or measured['found'], name
     assert measured['error'] is None, name
     assert not [row for row in measured['rows'] if 'error' in row], name
   assert all(row['passed'] is not False for row in found['parts']['correctness']['rows'])

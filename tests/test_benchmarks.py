@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import peers, results
+from benchmarks.accelerator import run as accelerator
+from benchmarks.cifar10_speedrun import run as cifar10_speedrun
 from benchmarks.fine_tuning import run as fine_tuning
 from benchmarks.loader import pictures
 from benchmarks.loader import run as loader
@@ -154,6 +156,43 @@ def test_mnist_speedrun(monkeypatch, tmp_path):
   assert all(0.05 < accuracy < 1 for accuracy in ours['accuracy']['values'])
   assert len(set(ours['accuracy']['values'])) == 2  # of two seeds
   assert ours['seconds']['min'] > 0
+
+
+# The data and the size of which a CPU trains.
+_SMALL_SPEEDRUN = [word for word in accelerator.PARTS['cifar10_speedrun'].small if word.startswith('--config.')]
+
+
+def test_cifar10_speedrun(tmp_path):
+  record = _run('cifar10_speedrun', tmp_path, *_SMALL_SPEEDRUN, '--seeds=2', '--first_seed=5')['record']
+  (row,) = record['measurements']
+  assert (row['recipe'], row['accuracy']['n'], record['first_seed']) == (cifar10_speedrun.RECIPE, 2, 5)
+  assert all(0.2 < accuracy < 1 for accuracy in row['accuracy']['values'])
+  assert len(set(row['accuracy']['values'])) == 2  # of two seeds
+  assert row['seconds']['min'] > 0
+
+
+@pytest.mark.faults
+def test_cifar10_speedrun_without_an_ingredient(tmp_path):
+  found = _run('cifar10_speedrun', tmp_path, *_SMALL_SPEEDRUN, '--seeds=1', '--ablate')
+  recipes = [row['recipe'] for row in found['ablation']['measurements']]
+  assert recipes == [cifar10_speedrun.RECIPE, *cifar10_speedrun.ABLATIONS]
+  again = _run('cifar10_speedrun', tmp_path, *_SMALL_SPEEDRUN, '--seeds=1')
+  assert again['ablation'] == found['ablation']  # another part of the same file
+  assert 'record' in again
+
+
+def test_cifar10_speedrun_reads_arrays(tmp_path):
+  file = tmp_path / 'images.npz'
+  arrays = {
+    f'{name}_{what}': np.arange(4, dtype=np.uint8) for name in ('train', 'test') for what in ('images', 'labels')
+  }
+  np.savez(file, **arrays)
+  assert [len(split) for split in (cifar10_speedrun.read(file).train, cifar10_speedrun.read(file).test)] == [4, 4]
+  np.savez(file, **{name: array for name, array in arrays.items() if name != 'test_labels'})
+  with pytest.raises(UsageError, match='test_labels.* it must hold images and labels of both splits'):
+    cifar10_speedrun.read(file)
+  with pytest.raises(UsageError, match='cannot read .*nothing.npz'):
+    cifar10_speedrun.read(tmp_path / 'nothing.npz')
 
 
 @pytest.fixture

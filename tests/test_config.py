@@ -16,8 +16,10 @@ PARAMETERS = {
   'mnist.py:best': ((28, 28, 1), 10, 295_002),
   'mnist.py:small': ((28, 28, 1), 10, 7_788),
   'fashion_mnist.py': ((28, 28, 1), 10, 372_682),
-  'cifar10.py': ((32, 32, 3), 10, 2_370_698),
-  'cifar10.py:100': ((32, 32, 3), 100, 2_393_828),
+  'cifar10.py': ((32, 32, 3), 10, 11_173_962),
+  'cifar10.py:fast': ((32, 32, 3), 10, 1_088_898),
+  'cifar10.py:100': ((32, 32, 3), 100, 11_220_132),
+  'cifar10_speedrun.py': ((32, 32, 3), 10, 1_971_650),
   'digits.py': ((8, 8, 1), 10, 65_834),
   'image_folder.py': ((32, 32, 3), 10, 373_834),
   'photographs.py': ((224, 224, 3), 5, 3_379_973),
@@ -91,6 +93,7 @@ def _unread(tmp_path, monkeypatch, config):
       'data.resident': 'never',
     },
     {'model.frozen_stages': 1, 'fine_tuning.views': 1},
+    {'model.frozen_stages': 0, 'optimizer.name': 'muon_sgd', 'augment.flip': True, 'evaluation.views': True},
   )
   for i, fields in enumerate(ways):
     with config.unlocked():
@@ -227,6 +230,7 @@ def test_a_config_of_an_earlier_version_is_translated():
     ('augment.erase', 1.5, 'at most 1'),
     ('augment.hue', 0.6, 'at most 0.5'),
     ('evaluation.views', True, 'config.augment has neither'),
+    ('augment.alternate', True, 'needs config.augment.flip'),
     ('data.mean', (128.0,), 'config.data.mean is (128.0,) but config.data.std is ()'),
     ('data.std', (1.0, 2.0), 'give one number of levels, such as (127.5,), or three'),
     ('data.std', ('1',), 'give one number of levels'),

@@ -1,5 +1,6 @@
 """The tables of README.md from the results; a part that is missing has none, and a row that failed says why."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -135,17 +136,19 @@ def _borrowed(parts: Mapping[str, Any]) -> str:
     times = f'{ms["sequential"]["median"]:.2f} / {ms["vmapped"]["median"]:.2f} ms'
     what = f'many_seeds: {row["network"]}, {row["seeds"]} seeds, one after another / vmapped'
     cells.append([what, times, f'{row["speedup"]:.2f} times as fast vmapped'])
-  for row in _found(parts, 'mnist_speedrun'):
-    accuracy = f'{100 * row["accuracy"]["mean"]:.2f} %, n = {row["accuracy"]["n"]}'
-    cells.append([f'mnist_speedrun: {row["program"]}', f'{row["seconds"]["median"]:.2f} s', accuracy])
+  for name, path, what in (('mnist_speedrun', (), 'program'), ('cifar10_speedrun', ('record',), 'recipe')):
+    for row in _found(parts, name, *path):
+      accuracy = f'{100 * row["accuracy"]["mean"]:.2f} %, n = {row["accuracy"]["n"]}'
+      cells.append([f'{name}: {row[what]}', f'{row["seconds"]["median"]:.2f} s', accuracy])
   for row in _found(parts, 'start_up'):
     if row['what'].startswith('first'):
       cells.append([f'start_up: {row["what"]}', f'{row["seconds"]["median"]:.1f} s', '-'])
   return markdown(['what', 'time', 'result'], cells) if cells else 'Not measured yet.'
 
 
-def _found(parts: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
-  return parts.get(name, {}).get('found', {}).get('measurements', [])
+def _found(parts: Mapping[str, Any], name: str, *path: str) -> Sequence[Mapping[str, Any]]:
+  found = functools.reduce(lambda outer, key: outer.get(key, {}), path, parts.get(name, {}).get('found', {}))
+  return found.get('measurements', [])
 
 
 def _number(value: float | None, digits: int) -> str:

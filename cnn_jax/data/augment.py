@@ -96,7 +96,13 @@ def normalize(images: Array | np.ndarray, statistics: Statistics) -> Array:
 
 
 def augment(
-  config: Any, statistics: Statistics, key: Array, positions: Array, images: Array, labels: Array
+  config: Any,
+  statistics: Statistics,
+  key: Array,
+  positions: Array,
+  images: Array,
+  labels: Array,
+  mirror: Array | None = None,
 ) -> tuple[Array, Array]:
   """Augments and normalises a batch; with every field off it is `normalize`.
 
@@ -115,17 +121,40 @@ def augment(
     positions: int32 (B,), place of each example in the global batch.
     images: uint8 (B, H, W, C).
     labels: float32 (B, K), one-hot or any distribution.
+    mirror: bool (B,), the images to mirror, from `alternate`; None: at random, if the config says so.
 
   Returns:
     float32 images (B, h, w, C), normalised, of the size of `input_shape`; float32 labels (B, K), whose rows have the
     same sums as before.
   """
-  return mix(config, key, positions, transform(config, statistics, key, positions, images), labels)
+  return mix(config, key, positions, transform(config, statistics, key, positions, images, mirror), labels)
 
 
-def transform(config: Any, statistics: Statistics, key: Array, positions: Array, images: Array) -> Array:
+def transform(
+  config: Any, statistics: Statistics, key: Array, positions: Array, images: Array, mirror: Array | None = None
+) -> Array:
   """Augments and normalises images, but does not mix them; see `augment`."""
-  return normalize(_transform(config, statistics, key, positions, images), statistics._replace(crop=0))
+  images = _transform(config, statistics, key, positions, images, mirror)
+  return normalize(images, statistics._replace(crop=0))
+
+
+def alternate(key: Array, images: Array, epoch: Array) -> Array:
+  """Which images an epoch mirrors: a random half, then the other half, and so on, so that two epochs show both forms.
+
+  An image is recognised by the sum of its levels, so that no reader has to tell which one it is (Jordan, arXiv 2404.00498,
+  section 3.6).
+
+  Args:
+    key: of the seed, folded with the purpose, the same in all steps.
+    images: uint8 (B, H, W, C), as they are stored.
+    epoch: int32, from 0.
+
+  Returns:
+    bool (B,).
+  """
+  sums = images.astype(jnp.uint32).sum((1, 2, 3))
+  first = jax.vmap(lambda x: jax.random.bits(jax.random.fold_in(key, x), (), jnp.uint8) % 2)(sums)
+  return (first + epoch) % 2 == 1
 
 
 def mix(config: Any, key: Array, positions: Array, images: Array, labels: Array) -> tuple[Array, Array]:
@@ -192,11 +221,13 @@ def beta_quantile(uniform: Array, alpha: float) -> Array:
   return table[low] + (table[low + 1] - table[low]) * (place - low.astype(jnp.float32))
 
 
-def _transform(config: Any, statistics: Statistics, key: Array, positions: Array, images: Array) -> Array:
+def _transform(
+  config: Any, statistics: Statistics, key: Array, positions: Array, images: Array, mirror: Array | None
+) -> Array:
   """Applies everything except mixing: uint8 (B, H, W, C) -> float32 levels (B, h, w, C)."""
   draws, new = _draws(key, positions), _newer_draws(key, positions)
   operation = trivial.choose(new[:, _TRIVIAL]) if config.trivial else None
-  images = _move(config, statistics, draws, new, operation, images).astype(jnp.float32)
+  images = _move(config, statistics, draws, new, operation, images, mirror).astype(jnp.float32)
   if config.trivial or config.contrast or config.brightness or config.saturation or config.hue:
     images = jax.lax.optimization_barrier(images)  # otherwise XLA moves them once for each use
   if operation is not None:
@@ -222,11 +253,12 @@ def _move(
   new: Array,
   operation: tuple[Array, Array] | None,
   images: Array,
+  mirror: Array | None,
 ) -> Array:
   """Applies the geometry, in the cheapest way that all of it can share: uint8 -> uint8 or float32 levels."""
   height, width = images.shape[1:3]
   size = input_shape(images.shape[1:], statistics, config)[:2]
-  mirror = draws[:, _FLIP] < (0.5 if config.flip else 0)
+  mirror = draws[:, _FLIP] < (0.5 if config.flip else 0) if mirror is None else mirror
   # A whole number of pixels; each of -shift..shift has the same probability.
   shift = jnp.floor(draws[:, (_SHIFT_Y, _SHIFT_X)] * (2 * config.shift + 1)).astype(jnp.int32) - config.shift
   window = None

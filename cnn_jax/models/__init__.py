@@ -6,6 +6,10 @@
     RULES: dict[str, tuple | str]               which values they may have; see `cnn_jax.config.check`
     create(config, num_classes) -> nn.Module    the network that the section `config.model` describes
 
+if some of its first weights are computed from training images,
+
+    initialize(config, variables, images) -> variables      from those of `init` and normalised float32 images
+
 and, if other libraries have weights for it,
 
     foreign_names(config) -> {library: {its name: (path, order)}}   the variable at `path` in `{'params', 'batch_stats'}` is
@@ -137,6 +141,22 @@ def init(model: nn.Module, key: jax.Array, image_shape: Sequence[int], *, head_o
   options = {'xla_backend_optimization_level': 0} if deep else None
   variables = jax.jit(model.init, compiler_options=options)(key, jnp.zeros((1, *image_shape), jnp.float32))
   return {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+
+
+def depends_on_data(config: Any) -> bool:
+  """Whether `initialize` changes the variables of a network."""
+  return hasattr(_module(config.name), 'initialize')
+
+
+def initialize(config: Any, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
+  """The variables of a network before training, with those that are computed from training images.
+
+  Args:
+    config: the section `config.model`.
+    variables: from `init`.
+    images: float32 (n, height, width, channels), normalised.
+  """
+  return _module(config.name).initialize(config, variables, images) if depends_on_data(config) else variables
 
 
 def init_shapes(model: nn.Module, image_shape: Sequence[int]) -> dict[str, Any]:
