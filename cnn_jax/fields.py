@@ -57,6 +57,7 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   augment.alternate = False  # if it flips: mirror a random half in the first epoch, then the other half, and so on
   augment.rotate = 0.0  # random rotation by up to this many degrees each way
   augment.scale = 0.0  # random zoom by a factor in [1 - scale, 1 + scale]
+  augment.elastic = 0.0  # smooth random distortion: its standard deviation in pixels, 1 is much for 28 pixels a side
   augment.crop = 0.0  # random resized crop of at least this share of the area, aspect 3/4 to 4/3; 0: off
   augment.erase = 0.0  # probability of erasing a random rectangle
   augment.brightness = 0.0  # add a uniform number in [-b, b], of the range [0, 1]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from cnn_jax.config import default_config
 from cnn_jax.data import augment, geometry, trivial
@@ -102,6 +103,42 @@ def test_a_crop_at_the_border_shows_no_padding():
     np.testing.assert_array_equal(found, jnp.full(found.shape, 200.0))
 
 
+# Elastic distortion ------------------------------------------------------------------------------
+
+
+def test_a_smooth_field_has_the_covariance_of_smoothed_noise():
+  noise = np.random.default_rng(0).normal(size=(4000, *geometry.ELASTIC_DRAWS)).astype(np.float32)
+  field = np.asarray(geometry.smooth_field(jnp.asarray(noise), 29, 15))
+  assert field.shape == (4000, 2, 29, 15)
+  np.testing.assert_allclose(field.std(axis=0), 1, atol=0.05)
+  np.testing.assert_allclose(np.corrcoef(field[:, 0].ravel(), field[:, 1].ravel())[0, 1], 0, atol=0.02)
+  for distance in (1, 4, 10):  # down, 4 pixels are the width of the Gaussian; to the right, 2 are
+    down = np.corrcoef(field[:, :, 5].ravel(), field[:, :, 5 + distance].ravel())[0, 1]
+    assert down == pytest.approx(np.exp(-((distance / 8) ** 2)), abs=0.03)
+  right = np.corrcoef(field[..., 5].ravel(), field[..., 7].ravel())[0, 1]
+  assert right == pytest.approx(np.exp(-1 / 4), abs=0.03)
+  assert geometry.smooth_field(jnp.asarray(noise[:2]), 1, 1).shape == (2, 2, 1, 1)
+
+
+def test_a_displacement_reads_the_pixels_that_scipy_reads():
+  image = np.asarray(photograph(14, 14))
+  displacement = np.random.default_rng(0).normal(size=(1, 2, 14, 14)).astype(np.float32)
+  still = jnp.array([False]), jnp.zeros(1), jnp.ones(1), jnp.zeros((1, 2), jnp.int32)
+  found = WARP(image, *still, padding='reflect', displacement=displacement)
+  places = np.mgrid[:14, :14] + displacement[0]
+  for channel in range(image.shape[-1]):
+    expected = scipy.ndimage.map_coordinates(image[0, ..., channel].astype(np.float64), places, order=1, mode='mirror')
+    np.testing.assert_allclose(found[0, ..., channel], expected, atol=0.05)
+
+
+def test_elastic_distortion_has_its_standard_deviation_in_pixels():
+  images = jnp.tile(ramp(28, 28, 0, 8), (500, 1, 1, 1))
+  (found,) = augmented(settings(elastic=0.5), images, range(500))
+  moved_by = (np.asarray(found)[:, 4:-4, 4:-4, 0] * 127.5 + 127.5 - np.arange(4, 24) * 8) / 8
+  assert moved_by.std() == pytest.approx(0.5, rel=0.05)
+  assert moved_by.mean() == pytest.approx(0, abs=0.05)
+
+
 # TrivialAugment -----------------------------------------------------------------------------------
 
 
@@ -143,7 +180,7 @@ def augmented(config, images, *positions):
 
 def test_each_example_is_augmented_by_its_position_alone():
   everything = settings(
-    crop=0.3, saturation=0.4, hue=0.1, trivial=True, flip=True, rotate=10.0, brightness=0.1, contrast=0.1
+    crop=0.3, elastic=1.0, saturation=0.4, hue=0.1, trivial=True, flip=True, rotate=10.0, brightness=0.1, contrast=0.1
   )
   order = [5, 0, 7, 2, 1, 6, 3, 4]
   one, other = augmented(everything, photograph(n=8), list(range(8)), order)

@@ -1,8 +1,8 @@
 """On-device augmentation and normalisation: uint8 images to the network's float images.
 
 Each example has its own key, `fold_in(key, position in the global batch)`, so the result does not depend on the number
-of devices. The order is: geometry (crop, flip, rotation, zoom, shift and that of TrivialAugment, as one bilinear warp),
-light and colour of TrivialAugment, contrast, brightness, saturation, hue, erasing, mixing.
+of devices. The order is: geometry (crop, elastic distortion, flip, rotation, zoom, shift and that of TrivialAugment, as
+one bilinear warp), light and colour of TrivialAugment, contrast, brightness, saturation, hue, erasing, mixing.
 """
 
 import math
@@ -227,7 +227,8 @@ def _transform(
   """Applies everything except mixing: uint8 (B, H, W, C) -> float32 levels (B, h, w, C)."""
   draws, new = _draws(key, positions), _newer_draws(key, positions)
   operation = trivial.choose(new[:, _TRIVIAL]) if config.trivial else None
-  images = _move(config, statistics, draws, new, operation, images, mirror).astype(jnp.float32)
+  noise = _noise(key, positions) if config.elastic else None
+  images = _move(config, statistics, draws, new, noise, operation, images, mirror).astype(jnp.float32)
   if config.trivial or config.contrast or config.brightness or config.saturation or config.hue:
     images = jax.lax.optimization_barrier(images)  # otherwise XLA moves them once for each use
   if operation is not None:
@@ -251,6 +252,7 @@ def _move(
   statistics: Statistics,
   draws: Array,
   new: Array,
+  noise: Array | None,
   operation: tuple[Array, Array] | None,
   images: Array,
   mirror: Array | None,
@@ -268,11 +270,12 @@ def _move(
     tall, wide = input_shape(images.shape[1:], statistics)[:2]
     centre = (height - tall) // 2, (width - wide) // 2, tall, wide
     window = jnp.broadcast_to(jnp.array(centre, jnp.float32), (len(images), 4))
-  if config.rotate or config.scale or operation is not None:
+  if config.rotate or config.scale or noise is not None or operation is not None:
     angle = math.radians(config.rotate) * (2 * draws[:, _ROTATE] - 1)
     zoom = 1 + config.scale * (2 * draws[:, _SCALE] - 1)
     after = None if operation is None else trivial.geometry(*operation, *size)
-    return geometry.warp(images, mirror, angle, zoom, shift, config.padding, window, after, size)
+    displacement = None if noise is None else config.elastic * geometry.smooth_field(noise, *size)
+    return geometry.warp(images, mirror, angle, zoom, shift, config.padding, window, after, size, displacement)
   if window is not None:
     return geometry.crop(images, mirror, shift, config.padding, window, size)
   if config.flip:
@@ -290,6 +293,15 @@ def _newer_draws(key: Array, positions: Array) -> Array:
 
   def draw(position: Array) -> Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), 1), (_NUM_NEWER_DRAWS,))
+
+  return jax.vmap(draw)(positions)
+
+
+def _noise(key: Array, positions: Array) -> Array:
+  """Normal draws of a third block: float32 (B, *geometry.ELASTIC_DRAWS)."""
+
+  def draw(position: Array) -> Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, position), 2), geometry.ELASTIC_DRAWS)
 
   return jax.vmap(draw)(positions)
 

@@ -5,12 +5,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 # Of a random crop, as published (Szegedy et al., arXiv 1409.4842) and in torchvision: width / height, and how many pairs
 # of area and aspect are tried until the rectangle lies in the image.
 _ASPECTS = (3 / 4, 4 / 3)
 CROP_DRAWS = 22  # of `random_window`: 10 areas, 10 aspects, and the place
+# Of an elastic distortion: the width of the Gaussian is a part of the side of the image, 4 of 28 pixels as published
+# (Simard et al. 2003), and the noise lies on a grid of that spacing, of which one point is beyond each border.
+_SMOOTHING = 1 / 7
+ELASTIC_DRAWS = (2, 10, 10)  # of `smooth_field`
 
 
 class Affine(NamedTuple):
@@ -35,8 +40,9 @@ def warp(
   window: Array | None = None,
   after: Affine | None = None,
   size: tuple[int, int] | None = None,
+  displacement: Array | None = None,
 ) -> Array:
-  """Crops, mirrors left-right, rotates and zooms about the centre, shifts, then maps, with bilinear interpolation.
+  """Crops, distorts, mirrors left-right, rotates and zooms about the centre, shifts, then maps, by bilinear interpolation.
 
   Each pixel of the result is read from the image once, so what a rotation or a shift brings in is the image outside the
   crop, as far as there is any.
@@ -53,6 +59,8 @@ def warp(
       alias a little.
     after: the last step.
     size: (h, w) of the result; None: of the images. Another one needs a window.
+    displacement: float32 (B, 2, h, w), by how many pixels of the result, down and to the right, the place moves from which
+      a pixel comes.
 
   Returns:
     float32 (B, h, w, C) in [0, 255].
@@ -64,6 +72,8 @@ def warp(
     row, column = _map(after, row - (height - 1) / 2, column - (width - 1) / 2)
     row, column = row + (height - 1) / 2, column + (width - 1) / 2
   row, column = _source_coordinates(row, column, height, width, mirror, angle, zoom, shift)
+  if displacement is not None:
+    row, column = row + displacement[:, 0], column + displacement[:, 1]
   if window is not None:
     row, column = _in_window(row, column, window[:, :, None, None], (height, width), images.shape[1:3])
   # A frame of one pixel before and two after the image, so that all four neighbours of any place exist.
@@ -136,6 +146,29 @@ def random_window(smallest: float, draws: Array, height: int, width: int) -> Arr
   top = jnp.where(found, jnp.floor(draws[:, 20] * (height - tall + 1)), jnp.floor((height - tall) / 2))
   left = jnp.where(found, jnp.floor(draws[:, 21] * (width - wide + 1)), jnp.floor((width - wide) / 2))
   return jnp.stack([top, left, tall, wide], axis=1)
+
+
+def smooth_field(noise: Array, height: int, width: int) -> Array:
+  """White noise smoothed by a Gaussian, of standard deviation 1 at each pixel: an elastic distortion.
+
+  Simard, Steinkraus and Platt, "Best practices for convolutional neural networks applied to visual document analysis",
+  2003. The correlation of two pixels is exp(-(d / 2s)^2) at a distance d, where s is a seventh of the side.
+
+  Args:
+    noise: float32 (B, *ELASTIC_DRAWS), independent, of standard deviation 1.
+    height, width: of the result.
+
+  Returns:
+    float32 (B, 2, height, width).
+  """
+
+  def weights(side: int, points: int) -> np.ndarray:
+    place = np.linspace(0, 1 / _SMOOTHING, side)
+    values = np.exp(-((place[:, None] - np.arange(points) + 1) ** 2) / 2)
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+  rows, columns = (weights(side, points) for side, points in zip((height, width), noise.shape[2:], strict=True))
+  return jnp.einsum('bcij,yi,xj->bcyx', noise, rows, columns, precision='highest')
 
 
 def translate(images: Array, shift: Array, limit: int, padding: str) -> Array:
