@@ -264,7 +264,8 @@ def _label_errors_as_accuracies(axes: Any) -> None:
   if len(ticks) > 8:
     ticks = [tick for tick in ticks if math.log10(tick) == round(math.log10(tick))]
   elif len(ticks) < 3:
-    ticks = list(np.geomspace(high, low, 4))
+    plain = _ticker().MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ticks = [float(tick) for tick in plain if low <= tick <= high]
   axes.set_ylim(high, low)
   axes.set_yticks(ticks, [f'{100 * (1 - tick):.6g}%' if tick < 1 else '0%' for tick in ticks])
   axes.yaxis.set_minor_locator(_ticker().NullLocator())
