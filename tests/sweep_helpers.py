@@ -20,6 +20,7 @@ import jax
 import pytest
 from optuna.trial import TrialState
 
+from cnn_jax.sweep import plots as sweep_plots
 from cnn_jax.sweep import pool, worker
 from cnn_jax.sweep.storage import open_storage, open_study
 from cnn_jax.sweep.trials import Trials
@@ -75,7 +76,7 @@ def call_sweep_with_threads(monkeypatch, *arguments, plots=False):
     patched.setattr(pool, 'Worker', ThreadWorker)
     patched.setattr(jax, 'clear_caches', lambda: None)  # which a worker calls after each trial
     if not plots:
-      patched.setattr('cnn_jax.sweep.plots.draw', lambda *_: None)
+      patched.setattr(sweep_plots, 'draw', lambda *_: None)
     return call_sweep(*arguments)
 
 

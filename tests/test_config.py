@@ -162,7 +162,7 @@ def test_the_networks_are_files_of_the_folder():
   assert 'cnn' in models.names()
   assert 'layers' not in models.names()
   for name in ('layers', 'os.path', '../train', ''):
-    with pytest.raises(UsageError, match=f'config.model.name is {name!r}; it must be one of: cnn'):
+    with pytest.raises(UsageError, match=f'config.model.name is {name!r}; it must be one of: airbench, cnn'):
       models.default_config(name)
 
 

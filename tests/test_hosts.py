@@ -75,7 +75,7 @@ def test_each_example_is_read_and_evaluated_by_one_process(processes, devices, n
     images, counts = _counted(n)
     with pytest.MonkeyPatch.context() as patch:
       _pretend(patch, process, processes, devices)
-      patch.setattr(evaluate, '_batch_logits', lambda model, variables, images, *_: images[:, 0, 0])
+      patch.setattr(evaluate, 'batch_logits', lambda model, variables, images, *_: images[:, 0, 0])
       patch.setattr(distribute, 'gather', lambda logits: parts.append(logits) or np.zeros((n, 1)))
       assert evaluate.compute_logits(Model(), {}, images, LEVELS, 7).shape == (n, 1)
     assert max(counts.values(), default=1) == 1

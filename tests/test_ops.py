@@ -21,7 +21,7 @@ NHWC = ('NHWC', 'HWIO', 'NHWC')
 @pytest.fixture
 def not_cpu(monkeypatch):
   """Takes the branch of the platforms other than the CPU."""
-  monkeypatch.setattr(lax, 'platform_dependent', lambda *arguments, cpu, default: default(*arguments))
+  monkeypatch.setattr(lax, 'platform_dependent', lambda *arguments, cpu, default, **_: default(*arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -328,11 +328,14 @@ def test_second_gradient(monkeypatch, batch, channels):
   np.testing.assert_allclose(fast, stock, atol=1e-10)
 
 
-def test_the_other_platforms_get_the_stock_gradients():
+@pytest.mark.parametrize(('window', 'on_cuda'), [((2, 2), False), ((3, 3), True)])  # without and with overlaps
+def test_the_other_platforms_get_the_stock_gradients(window, on_cuda):
   x, kernel = normal(0, 2, 8, 8, 2, dtype=np.float32), normal(1, 3, 3, 2, 4, dtype=np.float32)
-  gradient = jax.jit(jax.grad(lambda k: small_network(*FAST, [k], x)))
+  pool = functools.partial(ops.max_pool, window_shape=window)
+  gradient = jax.jit(jax.grad(lambda k: small_network(FAST[0], lambda y, _, s: pool(y, strides=s), [k], x)))
   programs = {p: jax.export.export(gradient, platforms=[p])(kernel).mlir_module() for p in ('cpu', 'cuda', 'tpu')}
-  assert {p: 'select_and_scatter' in text for p, text in programs.items()} == {'cpu': False, 'cuda': True, 'tpu': True}
+  scattered = {p: 'select_and_scatter' in text for p, text in programs.items()}
+  assert scattered == {'cpu': False, 'cuda': on_cuda, 'tpu': True}
 
 
 def test_a_flax_layer_accepts_it():

@@ -91,8 +91,12 @@ def test_a_result_is_of_the_config_that_it_names(name):
     value = functools.reduce(lambda section, name: section[name], field.split('.'), config)
     written = f"--config.{field}='{value}'" if isinstance(value, tuple) else f'--config.{field}={value}'
     assert written in row.command or field == 'data.source'  # the command leaves that open
-  side = config.data.image_size or {'mnist': 28, 'digits': 8}[config.data.name]
-  image_shape = (side, side, 3 if config.data.source == 'folder' else 1)
+  side, channels = (
+    (config.data.image_size, 3)
+    if config.data.source == 'folder'
+    else {'mnist': (28, 1), 'digits': (8, 1), 'cifar10': (32, 3)}[config.data.name]
+  )
+  image_shape = (side, side, channels)
   variables = models.init_shapes(models.create(config.model, 10), image_shape)
   assert models.num_parameters(variables['params']) == row.num_parameters
 

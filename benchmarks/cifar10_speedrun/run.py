@@ -38,7 +38,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
   'half precision off': {'model.dtype': 'float32'},
   SGD: {
     'optimizer.name': 'sgd',
-    'optimizer.learning_rate': 0.2,
+    'optimizer.learning_rate': 3.2,  # the best of 0.05 to 6.4 on 5,000 held-out images, at a quarter of the width
     'optimizer.momentum': 0.9,
     'optimizer.weight_decay': 5e-4,
     'loss.reduction': 'mean',
