@@ -3,7 +3,9 @@
 TFDS_DATA_DIR=DIR python -m cnn_jax.main --config=configs/cifar10.py
     ResNet-18 with a stem for small images, 11,173,962 parameters, 100 epochs, for a GPU or TPU. Accuracy: not measured yet.
 TFDS_DATA_DIR=DIR python -m cnn_jax.main --config=configs/cifar10.py:fast
-    For two CPU cores: the network of cifar10_speedrun.py, 1,088,898 parameters, 12 epochs. Accuracy: not measured yet.
+    For two CPU cores: the network of cifar10_speedrun.py, 1,088,898 parameters, 12 epochs. 92.90 +- 0.22 % (seeds 0-2, at the
+    last epoch, 49,000 training images), in 18 minutes from start to report on two cores of an AMD EPYC. The learning
+    rate was chosen on 5,000 held-out training images.
 TFDS_DATA_DIR=DIR python -m cnn_jax.main --config=configs/cifar10.py:100
     CIFAR-100, 11,220,132 parameters. Accuracy: not measured; the data set was unavailable on the benchmark machine.
 """

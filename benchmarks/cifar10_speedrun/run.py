@@ -25,7 +25,7 @@ from cnn_jax.state import INIT, TrainState, create_state, eval_variables
 from cnn_jax.tables import format_mean_std, markdown
 
 CONFIG = peers.ROOT / 'configs' / 'cifar10_speedrun.py'
-RECIPE, SGD = 'the recipe', 'SGD for the filters'
+RECIPE, SGD = 'the recipe', 'plain SGD'
 # What a recipe without one of the ingredients changes.
 ABLATIONS: dict[str, dict[str, Any]] = {
   'one view in the test': {'evaluation.views': False},
