@@ -36,13 +36,14 @@ def main(argv: Sequence[str]) -> None:
   rows.add(what='device', platform=jax.default_backend(), **about, driver=_driver(), packages=_packages())
   if args.only_about:
     return
-  size = 512 if args.small else 8192
+  small = args.small or jax.default_backend() == 'cpu'  # which is known only here
+  size = 512 if small else 8192
   for dtype, precision in (('bfloat16', 'default'), ('float32', 'default'), ('float32', 'highest')):
     rows.attempt(
       functools.partial(_product, size, dtype, precision), what=f'matrix product {size}, {dtype}, precision {precision}'
     )
-  rows.attempt(functools.partial(_copy, 2**22 if args.small else 2**30), what='copy, bytes read and written')
-  for name, convolve in _faults(args.small).items():
+  rows.attempt(functools.partial(_copy, 2**22 if small else 2**30), what='copy, bytes read and written')
+  for name, convolve in _faults(small).items():
     if rows.left() < 0:
       break
     rows.attempt(convolve, what=name)

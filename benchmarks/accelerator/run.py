@@ -62,9 +62,9 @@ PARTS: dict[str, Part] = {
   'determinism': Part(75, f'{_OURS}.determinism'),
   'loop': Part(35, f'{_OURS}.loop'),
   'step_time': Part(120, f'{_OURS}.step_time', large=('--device={torch}',)),
-  'streamed': Part(65, f'{_OURS}.streamed'),
+  'streamed': Part(60, f'{_OURS}.streamed'),
   'many_seeds': Part(
-    20, 'benchmarks.many_seeds.run', ('--json={file}', '--quick'), ('--rounds=1', '--seconds=0.1'), ('--rounds=3',),
+    35, 'benchmarks.many_seeds.run', ('--json={file}', '--quick'), ('--rounds=1', '--seconds=0.1'), ('--rounds=3',),
   ),
   'mnist_speedrun': Part(
     25, 'benchmarks.mnist_speedrun.run', ('--json={file}',),
@@ -75,7 +75,7 @@ PARTS: dict[str, Part] = {
     30, 'benchmarks.start_up.run', ('--json={file}', '--config=configs/digits.py', '--repeats=1'), (), (),
   ),
   'cifar10_speedrun': Part(
-    60, 'benchmarks.cifar10_speedrun.run', ('--json={file}',),
+    55, 'benchmarks.cifar10_speedrun.run', ('--json={file}',),
     (
       '--config.data.source=bundled', '--config.data.name=digits', '--config.data.mean=(127.5,)',
       '--config.data.std=(127.5,)', '--config.model.features=(8, 16)', '--config.batch_size=100', '--seeds=1',
