@@ -33,10 +33,11 @@ def main(argv: Sequence[str]) -> None:
   command.prepare_backend()
   about = results.describe()
   about.pop('command')
-  rows.add(what='device', platform=jax.default_backend(), **about, driver=_driver(), packages=_packages())
+  platform = jax.default_backend()
+  small = args.small or platform == 'cpu'
+  rows.add(what='device', platform=platform, small=small, **about, driver=_driver(), packages=_packages())
   if args.only_about:
     return
-  small = args.small or jax.default_backend() == 'cpu'  # which is known only here
   size = 512 if small else 8192
   for dtype, precision in (('bfloat16', 'default'), ('float32', 'default'), ('float32', 'highest')):
     rows.attempt(

@@ -107,8 +107,8 @@ def main(argv: Sequence[str]) -> None:
     only_about = bool(asked) and 'device' not in asked
     limit = float(asked.get('device') or PARTS['device'].seconds)
     device = _run({'device': limit}, place, 'cpu', small=args.small, only_about=only_about)['device']
-    about = device['rows'].pop(0) if device['rows'] else {'platform': 'cpu'}
-    platform, small = about['platform'], args.small or about['platform'] == 'cpu'
+    about: dict[str, Any] = device['rows'].pop(0) if device['rows'] else {'platform': 'cpu', 'small': True}
+    platform, small = about['platform'], about['small']  # a CPU runs reduced sizes without being asked
     found = _describe(about, small, args.commit)
     kept = _kept(found, args.json)
 
