@@ -23,9 +23,11 @@ def get_config(variant=''):
     return _fast()
   config = default_config('resnet')
   config.data.name = 'cifar10'
+  config.data.validation = 0.02
   config.batch_size = 256
-  config.epochs = 100
+  config.epochs = 60
   config.model.stem = '3x3'
+  config.model.dtype = 'bfloat16'
   config.augment.flip = True
   config.augment.shift = 4
   config.augment.padding = 'reflect'

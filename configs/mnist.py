@@ -33,16 +33,20 @@ def get_config(variant=''):
   if variant == 'best':
     config.data.source = 'tfds'
     config.data.validation = 0.0
-    config.epochs = 12
+    config.batch_size = 256
+    config.epochs = 60
     config.min_steps = 0
     config.model.features = (16, 32, 64, 128)
     config.model.convs_per_block = 2
     config.augment.rotate = 15.0
     config.augment.scale = 0.15
+    config.augment.elastic = 0.5
+    config.optimizer.learning_rate = 0.2
+    config.schedule.warmup_epochs = 4.0
     config.evaluation.ema_decay = 0.999
   elif variant == 'small':
     config.data.source = 'tfds'
-    config.epochs = 20
+    config.epochs = 80
     config.min_steps = 0
     config.model.features = (6, 10, 12, 14)
     config.model.convs_per_block = 2

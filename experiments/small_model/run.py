@@ -22,10 +22,17 @@ from experiments import plots, results, study
 CONFIG = f'{study.CONFIGS}/mnist.py:small'
 LIMIT = 8_000  # parameters: kernels, biases, and the scales and biases of norms
 
+# Each differs from the config in the fields that are given.
 CANDIDATES: dict[str, dict[str, Any]] = {
-  'four blocks of one': {'model.features': (12, 16, 20, 16), 'model.convs_per_block': 1},
-  'three blocks of two': {'model.features': (8, 12, 16), 'model.convs_per_block': 2},
-  'four blocks of two': {'model.features': (6, 10, 12, 14), 'model.convs_per_block': 2},
+  'the config': {},
+  'distortion of half a pixel': {'augment.elastic': 0.5},
+  'GELU': {'model.activation': 'gelu'},
+  'SiLU': {'model.activation': 'silu'},
+  'flattened maps': {'model.features': (6, 9, 12, 12), 'model.aggregate': 'flatten'},
+  'stronger augmentation': {'augment.shift': 2, 'augment.rotate': 10.0, 'augment.scale': 0.1},
+  'weight decay 5e-4': {'optimizer.weight_decay': 5e-4},
+  'learning rate 0.6': {'optimizer.learning_rate': 0.6},
+  'residual': {'model.features': (6, 10, 12, 12), 'model.residual': True},
 }
 
 
