@@ -7,6 +7,7 @@ device and compiled programs. Random weights, loading and compilation are outsid
 once, after the last step.
 """
 
+import concurrent.futures
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -72,23 +73,21 @@ def main(argv: Sequence[str]) -> None:
   configs = {RECIPE: config} | {name: config_lib.vary(config, fields) for name, fields in variants.items()}
   command.prepare_backend()
   dataset = read(args.data) if args.data else load_dataset(config.data)
+  with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles all recipes at the same time
+    prepared = dict(zip(configs, pool.map(partial(prepare, dataset=dataset), configs.values()), strict=True))
+  runs = peers.interleave(
+    lambda name, i: prepared[name](args.first_seed + i), prepared, args.seeds, what='runs of each recipe'
+  )
   measurements = []
-  for name, varied in configs.items():
-    run = prepare(varied, dataset)
-    runs = peers.interleave(partial(_numbered, run, args.first_seed), [name], args.seeds, what='runs')[name]
-    accuracy, seconds = ([one[what] for one in runs] for what in ('accuracy', 'seconds'))
+  for name, values in runs.items():
+    accuracy, seconds = ([one[what] for one in values] for what in ('accuracy', 'seconds'))
     measurements.append({'recipe': name, 'accuracy': peers.sample(accuracy), 'seconds': peers.spread(seconds)})
-    print(_row(measurements[-1]), flush=True)
   about = results.describe()
   part = 'ablation' if args.ablate else 'quarter' if args.quarter else 'record'
   earlier = results.read(args.json) if args.json and args.json.exists() else {}
   found = about | {name: earlier[name] for name in PARTS if name in earlier}
   found[part] = about | {'first_seed': args.first_seed, 'measurements': measurements}
   results.publish(found, tables(found), args.json)
-
-
-def _numbered(run: Callable[[int], Any], first_seed: int, _: str, i: int) -> Any:
-  return run(first_seed + i)
 
 
 def prepare(config: Any, dataset: Dataset) -> Callable[[int], dict[str, float]]:
@@ -176,11 +175,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
   accuracy, seconds = row['accuracy'], row['seconds']
   shown = format_mean_std(accuracy['mean'], accuracy['std'])
   return [row['recipe'], shown, str(accuracy['n']), *(f'{seconds[which]:.2f}' for which in ('median', 'min', 'max'))]
-
-
-def _row(row: Mapping[str, Any]) -> str:
-  name, accuracy, n, median, *_ = _cells(row)
-  return f'{name}: {accuracy} (n = {n}), {median} s'
 
 
 if __name__ == '__main__':
