@@ -185,7 +185,7 @@ def test_a_config_file_that_fails_is_one_line(tmp_path, body, message):
 def test_variants_of_a_config_file(tmp_path):
   with pytest.raises(UsageError, match='best'):
     config_lib.load(f'{ROOT}/configs/mnist.py:bset')
-  assert config_lib.load(f'{ROOT}/configs/mnist.py:best').epochs == 12
+  assert config_lib.load(f'{ROOT}/configs/mnist.py:best').epochs == 60
 
 
 # Records ------------------------------------------------------------------------------------------

@@ -167,6 +167,21 @@ def test_bfloat16_is_the_dtype_of_the_arithmetic_alone(name):
 
 
 @EACH_NETWORK
+@pytest.mark.parametrize('side', [32, 40])
+def test_compiled_logits_in_bfloat16_are_those_in_float32(name, side):
+  # Of several calls, because what a program reads from memory that nobody has written is not the same in each.
+  shape = (side, side, 3)
+  exact, rounded = (small_network(name, CLASSES, dtype=dtype) for dtype in ('float32', 'bfloat16'))
+  variables = _random_variables(exact, shape)
+  images = jax.random.normal(jax.random.key(3), (64, *shape))
+  expected = models.infer(exact, variables, images)[0]
+  logits = jax.jit(lambda variables, images: models.infer(rounded, variables, images)[0])
+  for _ in range(3):
+    found = logits(variables, images)
+    assert jnp.abs(found - expected).max() < 0.1 * jnp.abs(expected).max()
+
+
+@EACH_NETWORK
 def test_frozen_stages_have_no_gradient_and_keep_their_statistics(name):
   frozen = 1
   model = small_network(name, CLASSES, frozen_stages=frozen)

@@ -174,6 +174,9 @@ def _along_channels(x, matrix, precision):
 
 
 def _fast_conv(strides, pads, precision, x, kernel):
+  if YNNPACK and x.dtype != jnp.float32:
+    # YNNPACK returns what it finds in memory if it fuses two convolutions, the conversions between them, and a reduction.
+    x = lax.optimization_barrier(x)
   if _is_pointwise(kernel, pads):
     return _pointwise(strides, precision, x, kernel)
   wide = kernel.shape[2] >= 16 and kernel.shape[3] >= WIDE_FEATURES

@@ -23,7 +23,15 @@ from experiments import plots, results, study
 CONFIG = f'{study.CONFIGS}/mnist.py:best'
 LIMIT = 1_000_000  # parameters
 
-_MUON = {
+_FIRST: dict[str, Any] = {
+  'model.features': (16, 32, 64, 128),
+  'model.convs_per_block': 2,
+  'model.residual': False,
+  'augment.elastic': 0.5,
+}
+_AIRBENCH: dict[str, Any] = {
+  'model.name': 'airbench',
+  'model.features': (32, 64, 128),
   'batch_size': 500,
   'optimizer.name': 'muon_sgd',
   'optimizer.learning_rate': 0.12,
@@ -31,25 +39,26 @@ _MUON = {
   'optimizer.head_rate': 0.67,
   'optimizer.bias_rate': 0.053,
   'optimizer.weight_decay': 4e-3,
+  'optimizer.first_stage_epochs': 3.0,
   'schedule.name': 'linear',
   'schedule.warmup_epochs': 0.0,
   'loss.reduction': 'sum',
   'evaluation.ema_decay': 0.0,
+  'augment.elastic': 0.5,
 }
-# Each differs from the config in the fields that are given.
+# The fields of each that differ from the config.
 CANDIDATES: dict[str, dict[str, Any]] = {
-  'the config': {},
-  'no distortion': {'augment.elastic': 0.0},
-  'distortion of 1 pixel': {'augment.elastic': 1.0},
-  'wider': {'model.features': (24, 48, 96, 160)},
-  'wider first blocks': {'model.features': (32, 64, 128, 128)},
-  'three blocks of three': {'model.features': (32, 64, 96), 'model.convs_per_block': 3},
-  'flattened maps': {'model.aggregate': 'flatten'},
-  'GELU': {'model.activation': 'gelu'},
-  'no label smoothing': {'loss.label_smoothing': 0.0},
-  'Muon': _MUON,
-  'airbench': _MUON | {'model.name': 'airbench', 'model.features': (32, 64, 128), 'optimizer.first_stage_epochs': 3.0},
-  'residual': {'model.residual': True},
+  'four blocks of two': _FIRST,
+  'no distortion': _FIRST | {'augment.elastic': 0.0},
+  'distortion of 1 pixel': _FIRST | {'augment.elastic': 1.0},
+  'wider': _FIRST | {'model.features': (24, 48, 96, 160)},
+  'wider first blocks': _FIRST | {'model.features': (32, 64, 128, 128)},
+  'three blocks of three': _FIRST | {'model.features': (32, 64, 96), 'model.convs_per_block': 3},
+  'flattened maps': _FIRST | {'model.aggregate': 'flatten'},
+  'GELU': _FIRST | {'model.activation': 'gelu'},
+  'no label smoothing': _FIRST | {'loss.label_smoothing': 0.0},
+  'residual': _FIRST | {'model.residual': True},
+  'airbench, Muon': _AIRBENCH,
 }
 
 
