@@ -22,23 +22,23 @@ from experiments import plots, results, study
 CONFIG = f'{study.CONFIGS}/mnist.py:small'
 LIMIT = 8_000  # parameters: kernels, biases, and the scales and biases of norms
 
-_FLAT = {'model.features': (6, 9, 12, 12), 'model.aggregate': 'flatten'}
-_ALL = _FLAT | {'augment.elastic': 0.5, 'model.residual': True}
-# Each differs from the config in the fields that are given.
+_FIRST: dict[str, Any] = {
+  'model.features': (6, 10, 12, 14),
+  'model.aggregate': 'gap',
+  'model.residual': False,
+  'augment.elastic': 0.0,
+}
+# The fields of each that differ from the config.
 CANDIDATES: dict[str, dict[str, Any]] = {
-  'the config': {},
-  'distortion of half a pixel': {'augment.elastic': 0.5},
-  'GELU': {'model.activation': 'gelu'},
-  'SiLU': {'model.activation': 'silu'},
-  'flattened maps': _FLAT,
-  'stronger augmentation': {'augment.shift': 2, 'augment.rotate': 10.0, 'augment.scale': 0.1},
-  'weight decay 5e-4': {'optimizer.weight_decay': 5e-4},
-  'learning rate 0.6': {'optimizer.learning_rate': 0.6},
-  'residual': {'model.features': (6, 10, 12, 12), 'model.residual': True},
-  'flattened maps, distortion': _FLAT | {'augment.elastic': 0.5},
-  'flattened maps, distortion, residual': _ALL,
-  'flattened maps, distortion, residual, GELU': _ALL | {'model.activation': 'gelu'},
-  'flattened maps, distortion, residual, SiLU': _ALL | {'model.activation': 'silu'},
+  'four blocks of two': _FIRST,
+  'distortion of half a pixel': _FIRST | {'augment.elastic': 0.5},
+  'GELU': _FIRST | {'model.activation': 'gelu'},
+  'SiLU': _FIRST | {'model.activation': 'silu'},
+  'flattened maps': _FIRST | {'model.features': (6, 9, 12, 12), 'model.aggregate': 'flatten'},
+  'residual': _FIRST | {'model.features': (6, 10, 12, 12), 'model.residual': True},
+  'stronger augmentation': _FIRST | {'augment.shift': 2, 'augment.rotate': 10.0, 'augment.scale': 0.1},
+  'weight decay 5e-4': _FIRST | {'optimizer.weight_decay': 5e-4},
+  'learning rate 0.6': _FIRST | {'optimizer.learning_rate': 0.6},
 }
 
 
