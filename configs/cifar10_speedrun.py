@@ -16,7 +16,7 @@ def get_config():
   config.data.mean = (125.307, 122.961, 113.8575)
   config.data.std = (62.985, 62.0925, 66.708)
   config.batch_size = 2000
-  config.epochs = 9
+  config.epochs = 8
   config.model.dtype = 'bfloat16'
   config.augment.flip = True
   config.augment.alternate = True

@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 # Trainable parameters of each config's network, on images of its set.
 PARAMETERS = {
   'mnist.py': ((28, 28, 1), 10, 241_898),
-  'mnist.py:best': ((28, 28, 1), 10, 593_866),
+  'mnist.py:best': ((28, 28, 1), 10, 295_002),
   'mnist.py:small': ((28, 28, 1), 10, 7_867),
   'fashion_mnist.py': ((28, 28, 1), 10, 372_682),
   'cifar10.py': ((32, 32, 3), 10, 11_173_962),
@@ -185,7 +185,7 @@ def test_a_config_file_that_fails_is_one_line(tmp_path, body, message):
 def test_variants_of_a_config_file(tmp_path):
   with pytest.raises(UsageError, match='best'):
     config_lib.load(f'{ROOT}/configs/mnist.py:bset')
-  assert config_lib.load(f'{ROOT}/configs/mnist.py:best').epochs == 60
+  assert config_lib.load(f'{ROOT}/configs/mnist.py:best').epochs == 12
 
 
 # Records ------------------------------------------------------------------------------------------

@@ -60,17 +60,24 @@ def test_an_experiment_runs_and_resumes(module, tmp_path, monkeypatch):
   assert again.stdout[again.stdout.index('| --- |') :] == done.stdout[done.stdout.index('| --- |') :]
 
 
-@pytest.mark.parametrize(('module', 'num_validation'), [(mnist_accuracy, 239), (small_model, 143)])
-def test_candidates_are_compared_without_the_test(module, num_validation, tmp_path, monkeypatch):
-  monkeypatch.setattr(module, 'CANDIDATES', {'as it is': {'optimizer.learning_rate': 0.3}})
-  more = ['--select=1', '--seeds=1', f'--workdir={tmp_path / "runs"}', f'--output={tmp_path / "output"}']
+@pytest.mark.parametrize(
+  ('module', 'flags', 'candidates', 'name'),
+  [
+    (mnist_accuracy, [], 'CANDIDATES', 'selection'),
+    (mnist_accuracy, ['--longer'], 'LONGER_CANDIDATES', 'longer_selection'),
+    (small_model, [], 'CANDIDATES', 'selection'),
+  ],
+)
+def test_candidates_are_compared_without_the_test(module, flags, candidates, name, tmp_path, monkeypatch):
+  monkeypatch.setattr(module, candidates, {'as it is': {'optimizer.learning_rate': 0.03}})
+  more = ['--select=1', '--seeds=1', f'--workdir={tmp_path / "runs"}', f'--output={tmp_path / "output"}', *flags]
   done = call_command(module.__name__, *QUICK, *more)
   assert done.returncode == 0, done.stderr
   assert '| **as it is** |' in done.stdout
   (result,) = (json.loads(path.read_text()) for path in tmp_path.rglob('result.json'))
   assert 'test_accuracy' not in result
-  selection = json.loads((tmp_path / 'output' / 'results.json').read_text())['selection']
-  assert selection['num_validation'] == result['num_validation'] == num_validation
+  selection = json.loads((tmp_path / 'output' / 'results.json').read_text())[name]
+  assert selection['num_validation'] == result['num_validation'] == 239  # a sixth
   assert selection['candidates'][0]['validation_accuracy']['values'] == [result['validation_accuracy']]
 
 

@@ -23,6 +23,9 @@ WIDE_FEATURES, WIDE_CHANNELS = (64, 32) if YNNPACK else (16, 16)
 # The same for the gradient of the images, from this number of pixels per channel on.
 PIXELS_PER_CHANNEL = 2
 
+# Winograd's 30 operators for the gradient of the kernel take longer than few multiplications: of the direct way, here.
+FEW_PRODUCTS = 2**19
+
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -187,7 +190,7 @@ def _fast_conv(strides, pads, precision, x, kernel):
 
 def _kernel_gradient(strides, pads, precision, x, kernel, cotangent):
   """Computes it in one of four ways; which is fastest for which shapes was measured (benchmarks/step_time)."""
-  wide = kernel.shape[2] >= WIDE_CHANNELS and kernel.shape[3] >= 16
+  wide = kernel.shape[2] >= WIDE_CHANNELS and kernel.shape[3] >= 16 and cotangent.size * kernel.shape[2] > FEW_PRODUCTS
   if wide and winograd.is_applicable(strides, x, kernel, cotangent.shape[1]):
     return winograd.kernel_gradient(pads, precision, x, kernel, cotangent)
   if kernel.shape[2] > 4 and strides == (1, 1):
