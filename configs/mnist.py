@@ -41,6 +41,7 @@ def get_config(variant=''):
     config.evaluation.ema_decay = 0.999
   elif variant == 'small':
     config.data.source = 'tfds'
+    config.data.validation = 0.0
     config.epochs = 60
     config.min_steps = 0
     config.model.features = (6, 9, 12, 12)

@@ -103,14 +103,24 @@ def main(argv: Sequence[str]) -> None:
     results.publish({name: study.select(config, candidates, args, dataset)}, tables, args.output)
     return
   args.workdir /= 'longer' if args.longer else 'chosen'
-  found = _measure(config, args, dataset)
+  found = measure(config, args, dataset)
   if args.longer:
     results.publish({'longer': found}, tables, args.output)
   else:
     results.publish(found, tables, args.output, lambda path: plot(found, path))
 
 
-def _measure(config: Any, args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+def measure(config: Any, args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+  """Trains all seeds, and evaluates the test split of each without and with test-time augmentation.
+
+  Args:
+    config: of the runs.
+    args: from `study.parse`.
+    dataset: that the config loads.
+
+  Returns:
+    The fields of results.json.
+  """
   runs = study.train_seeds(config, args.workdir, args.seeds, dataset)
   averaged = [_averaged(workdirs.seed_workdir(args.workdir, seed), dataset) for seed in range(args.seeds)]
   accuracies = {'original image': [run['test_accuracy'] for run in runs], 'mean of five shifts': averaged}
@@ -131,10 +141,15 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
   made = {name: study.selection_table(found[name]) for name in ('selection', 'longer_selection') if name in found}
   for name, of in (('results', found), ('longer', found.get('longer', {}))):
     if 'measurements' in of:
-      rows = [[one['prediction'], *results.show_range(one['test_accuracy'])] for one in of['measurements']]
-      table = markdown(['prediction from', 'test accuracy', 'worst seed', 'best seed', 'n'], rows)
-      made[name] = f'{results.source(of)} {of["parameters"]:,} parameters, {of["epochs"]} epochs:\n\n{table}'
+      made[name] = table(of)
   return made
+
+
+def table(found: Mapping[str, Any]) -> str:
+  """The results of `measure`, with where they come from."""
+  rows = [[one['prediction'], *results.show_range(one['test_accuracy'])] for one in found['measurements']]
+  made = markdown(['prediction from', 'test accuracy', 'worst seed', 'best seed', 'n'], rows)
+  return f'{results.source(found)} {found["parameters"]:,} parameters, {found["epochs"]} epochs:\n\n{made}'
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:

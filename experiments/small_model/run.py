@@ -3,22 +3,19 @@
     TFDS_DATA_DIR=DIR python -m experiments.small_model.run [--seeds=5] [--output=experiments/small_model]
     TFDS_DATA_DIR=DIR python -m experiments.small_model.run --select=20 --seeds=1 [--output=experiments/small_model]
 
-The first command trains `configs/mnist.py:small` and evaluates the test split once per seed, after the last epoch. The
-second one selected that config: it holds out 10,000 training images, trains each candidate for 20 epochs and evaluates the
-held-out images only.
+The first command trains `configs/mnist.py:small` on all training images and evaluates the test split once per seed, after
+the last epoch, without and with test-time augmentation. The second one selected that config: it holds out 10,000 training
+images, trains each candidate for 20 epochs and evaluates the held-out images only.
 """
 
-import json
-import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from cnn_jax import command, workdirs
+from cnn_jax import command
 from cnn_jax import config as config_lib
 from cnn_jax.data import load_dataset
-from cnn_jax.tables import markdown
-from experiments import plots, results, study
+from experiments import results, study
+from experiments.mnist_accuracy import run as mnist_accuracy
 
 CONFIG = f'{study.CONFIGS}/mnist.py:small'
 LIMIT = 8_000  # parameters: kernels, biases, and the scales and biases of norms
@@ -59,58 +56,14 @@ def main(argv: Sequence[str]) -> None:
     results.publish({'selection': selection}, tables, args.output)
     return
   args.workdir /= 'chosen'
-  runs = study.train_seeds(config, args.workdir, args.seeds, dataset)
-  found = study.found(
-    args,
-    dataset,
-    parameters=runs[0]['num_parameters'],
-    epochs=runs[0]['epochs'],
-    train_seconds=results.summary([run['train_seconds'] for run in runs]),
-    test_accuracy=results.summary([run['test_accuracy'] for run in runs]),
-    validation=_validation(args.workdir, args.seeds),
-  )
-  results.publish(found, tables, args.output, lambda path: plot(found, path))
+  found = mnist_accuracy.measure(config, args, dataset)
+  results.publish(found, tables, args.output, lambda path: mnist_accuracy.plot(found, path))
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
   """The tables of README.md: the selection, and the result."""
-  made = {}
-  if 'selection' in found:
-    made['selection'] = study.selection_table(found['selection'])
-  if 'test_accuracy' in found:
-    accuracy = found['test_accuracy']
-    row = [f'{found["parameters"]:,}', str(found['epochs']), *results.show_range(accuracy)]
-    header = ['parameters', 'epochs', 'test accuracy', 'worst seed', 'best seed', 'n']
-    made['results'] = f'{results.source(found)}\n\n{markdown(header, [row])}'
-  return made
-
-
-def plot(found: Mapping[str, Any], path: Path) -> None:
-  """Draws the validation error of each seed per epoch, and the test errors after the last one."""
-  with plots.figure(path, size=(6.5, 3.8)) as (_, (axes,)):
-    blue, red = plots.COLOURS[:2]
-    epochs = [one['epoch'] for one in found['validation']]
-    by_seed = zip(*(one['accuracy']['values'] for one in found['validation']), strict=True)
-    for accuracies in by_seed:
-      errors = [100 * (1 - accuracy) for accuracy in accuracies]
-      axes.plot(epochs, errors, color=blue, alpha=0.5, linewidth=1)
-    tests = [100 * (1 - accuracy) for accuracy in found['test_accuracy']['values']]
-    end = 1.03 * epochs[-1]
-    axes.plot([end] * len(tests), tests, 'o', color=red, markersize=4, alpha=0.6, markeredgewidth=0)
-    plots.error_axis(axes)
-    plots.name_ends(axes, end, [(errors[-1], 'validation', blue), (statistics.mean(tests), 'test', red)])
-    axes.set_xticks(range(0, int(epochs[-1]) + 1, max(1, round(epochs[-1] / 5))))
-    axes.set(xlabel='epoch', ylabel='error, %', title=f'Fewer than {LIMIT:,} parameters: every seed')
-
-
-def _validation(workdir: Path, seeds: int) -> list[dict[str, Any]]:
-  """The validation accuracy of all seeds per epoch."""
-  by_epoch: dict[int, list[float]] = {}
-  for seed in range(seeds):
-    for line in map(json.loads, (workdirs.seed_workdir(workdir, seed) / 'metrics.jsonl').read_text().splitlines()):
-      if line['split'] == 'validation':
-        by_epoch.setdefault(line['epoch'], []).append(line['accuracy'])
-  return [{'epoch': epoch, 'accuracy': results.summary(values)} for epoch, values in sorted(by_epoch.items())]
+  made = {'selection': study.selection_table(found['selection'])} if 'selection' in found else {}
+  return made | ({'results': mnist_accuracy.table(found)} if 'measurements' in found else {})
 
 
 if __name__ == '__main__':
