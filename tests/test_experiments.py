@@ -61,14 +61,17 @@ def test_an_experiment_runs_and_resumes(module, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('module', 'flags', 'candidates', 'name'),
+  ('module', 'flags', 'candidates', 'name', 'num_validation'),
   [
-    (mnist_accuracy, [], 'CANDIDATES', 'selection'),
-    (mnist_accuracy, ['--longer'], 'LONGER_CANDIDATES', 'longer_selection'),
-    (small_model, [], 'CANDIDATES', 'selection'),
+    (mnist_accuracy, [], 'CANDIDATES', 'selection', 239),
+    (mnist_accuracy, ['--longer'], 'LONGER_CANDIDATES', 'longer_selection', 239),
+    (small_model, [], 'CANDIDATES', 'selection', 143),
+    (small_model, ['--longer'], 'LONGER_CANDIDATES', 'longer_selection', 239),
   ],
 )
-def test_candidates_are_compared_without_the_test(module, flags, candidates, name, tmp_path, monkeypatch):
+def test_candidates_are_compared_without_the_test(
+  module, flags, candidates, name, num_validation, tmp_path, monkeypatch
+):
   monkeypatch.setattr(module, candidates, {'as it is': {'optimizer.learning_rate': 0.03}})
   more = ['--select=1', '--seeds=1', f'--workdir={tmp_path / "runs"}', f'--output={tmp_path / "output"}', *flags]
   done = call_command(module.__name__, *QUICK, *more)
@@ -77,7 +80,7 @@ def test_candidates_are_compared_without_the_test(module, flags, candidates, nam
   (result,) = (json.loads(path.read_text()) for path in tmp_path.rglob('result.json'))
   assert 'test_accuracy' not in result
   selection = json.loads((tmp_path / 'output' / 'results.json').read_text())[name]
-  assert selection['num_validation'] == result['num_validation'] == 239  # a sixth
+  assert selection['num_validation'] == result['num_validation'] == num_validation
   assert selection['candidates'][0]['validation_accuracy']['values'] == [result['validation_accuracy']]
 
 
@@ -214,9 +217,9 @@ def test_patches_are_cut_where_the_channel_is_excited():
 def test_every_candidate_is_valid_and_small_enough(module):
   config = config_lib.load(module.CONFIG)
   compared = {'the config': (config, {})} | {name: (config, fields) for name, fields in module.CANDIDATES.items()}
-  if module is mnist_accuracy:
-    longer = config_lib.vary(config, module.LONGER)
-    compared |= {f'longer, {name}': (longer, fields) for name, fields in module.LONGER_CANDIDATES.items()}
+  longer = config_lib.vary(config, module.LONGER)
+  compared |= {'longer': (longer, {})}
+  compared |= {f'longer, {name}': (longer, fields) for name, fields in module.LONGER_CANDIDATES.items()}
   for name, (base, fields) in compared.items():
     model = models.create(config_lib.vary(base, fields).model, 10)
     assert models.num_parameters(models.init_shapes(model, (28, 28, 1))['params']) < module.LIMIT, name
