@@ -111,9 +111,22 @@ def test_convolution_of_other_platforms_is_that_of_lax(shape, kernel, strides, p
 
 
 def _wide_from(monkeypatch, channels):
-  """Uses Winograd from this number of channels and of features on."""
+  """Uses Winograd from this number of channels and of features on, however few the multiplications."""
   monkeypatch.setattr(convolution, 'WIDE_FEATURES', channels)
   monkeypatch.setattr(convolution, 'WIDE_CHANNELS', channels)
+  monkeypatch.setattr(convolution, 'FEW_PRODUCTS', -1)
+
+
+@pytest.mark.parametrize('few', [True, False])
+def test_the_gradient_of_a_kernel_takes_winograd_if_it_is_worth_it(monkeypatch, few):
+  shape, kernel = (2, 7, 5, 16), (3, 3, 16, 17)
+  _wide_from(monkeypatch, 16)
+  monkeypatch.setattr(convolution, 'FEW_PRODUCTS', 2 * 7 * 5 * 17 * 16 - (0 if few else 1))
+  taken = []
+  by_winograd = winograd.kernel_gradient
+  monkeypatch.setattr(winograd, 'kernel_gradient', lambda *arguments: taken.append(1) or by_winograd(*arguments))
+  assert_same(*convolutions(), normal(0, *shape), normal(1, *kernel))
+  assert bool(taken) is not few
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ WIDE_FEATURES, WIDE_CHANNELS = (64, 32) if YNNPACK else (16, 16)
 # The same for the gradient of the images, from this number of pixels per channel on.
 PIXELS_PER_CHANNEL = 2
 
-# Winograd's 30 operators for the gradient of the kernel take longer than few multiplications: of the direct way, here.
+# Up to this number of multiplications per position of the kernel, its direct gradient takes less time than Winograd's 30
+# operators.
 FEW_PRODUCTS = 2**19
 
 _NHWC = ('NHWC', 'HWIO', 'NHWC')
