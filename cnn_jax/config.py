@@ -9,7 +9,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cnn_jax import UsageError, files, models, rules
+from cnn_jax import UsageError, files, models, rules, shares
 from cnn_jax.data import augment
 from cnn_jax.data.augment import Statistics
 from cnn_jax.fields import RULES
@@ -206,16 +206,18 @@ def _with_network(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
-  """Checks what only training needs: that JAX tells the seeds apart, and that batches divide evenly over all devices.
+  """Checks what only training needs: seeds that JAX tells apart, batches that divide over all devices, processes that fit.
 
   Raises:
-    UsageError: a seed has more than 32 bits; or names the nearest batch sizes, or numbers of parts, that divide.
+    UsageError: a seed has more than 32 bits; there are far more processes than cores; or names the nearest batch sizes,
+      or numbers of parts, that divide.
   """
   if config.seed + config.seeds > 2**32:  # `jax.random.key` drops the other bits, or fails
     raise UsageError(
       f'config.seed is {config.seed}, for {config.seeds} {"seed" if config.seeds == 1 else "seeds"}; the last one must '
       f'be less than {2**32}.'
     )
+  shares.check_processes('config.data.workers', config.data.workers)
   size = config.batch_size
   if size % num_devices:
     below, above = size // num_devices * num_devices, -(-size // num_devices) * num_devices

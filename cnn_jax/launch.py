@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
   for name, count in (('processes', args.processes), ('devices', args.devices)):
     if count is not None and count < 1:
       raise UsageError(f'--{name} is {count}; it must be at least 1.')
+  shares.check_processes('--processes', args.processes)
   if given := [word for word in rest if word.partition('=')[0] in _SET]:
     raise UsageError(f'leave out {given[0]}; cnn_jax.launch sets it for each process.')
   parts = _shares(args.processes, args.devices)

@@ -8,6 +8,12 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from cnn_jax import UsageError
+
+# More than this gain nothing, and hundreds of processes, of 0.2 GB and more, stop a machine before their first result. It is
+# not 1, because a config moves between machines.
+_MOST_PER_CORE = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Share:
@@ -28,6 +34,24 @@ def divide(processes: int) -> list[Share]:
     Share(_part(cores, i, processes) or None, _part(gpus, i, processes) or None, len(gpus) >= processes)
     for i in range(processes)
   ]
+
+
+def check_processes(name: str, processes: int) -> None:
+  """Checks that a number of processes suits the machine.
+
+  Args:
+    name: of the field or argument.
+    processes: how many it asks for.
+
+  Raises:
+    UsageError: there are far more than cores.
+  """
+  cores = os.cpu_count() or 1
+  if processes > _MOST_PER_CORE * cores:
+    raise UsageError(
+      f'{name} is {processes}, but this machine has {cores} {"core" if cores == 1 else "cores"}; make it at most '
+      f'{_MOST_PER_CORE * cores}.'
+    )
 
 
 def find_gpus() -> tuple[str, ...]:

@@ -73,7 +73,7 @@ ARROWS = {
   'environment': {'passwords'},
   'passwords': set(),
   'sinks': {'files', 'passwords'},
-  'config': {'data', 'fields', 'files', 'models', 'rules', 'small_sets'},
+  'config': {'data', 'fields', 'files', 'models', 'rules', 'shares', 'small_sets'},
   'fields': {'models'},
   'rules': set(),
   'small_sets': set(),

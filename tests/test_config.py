@@ -1,3 +1,4 @@
+import os
 import re
 
 import numpy as np
@@ -268,6 +269,16 @@ def test_batches_divide_over_devices():
   config.batch_size = 3
   with pytest.raises(UsageError, match='nearest that do: 8'):
     config_lib.check_devices(config, 8)
+
+
+def test_processes_suit_the_machine(monkeypatch):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 3)
+  config = default_config()
+  config.data.workers = 24
+  config_lib.check_devices(config, 1)
+  config.data.workers = 25
+  with pytest.raises(UsageError, match='config.data.workers is 25, but this machine has 3 cores; make it at most 24'):
+    config_lib.check_devices(config, 1)
 
 
 def test_the_config_fits_the_data():

@@ -186,6 +186,7 @@ def test_processes_divide_the_gpus(started, monkeypatch):
   [
     ([], '--processes'),
     (['--processes=0'], '--processes is 0; it must be at least 1'),
+    (['--processes=100000'], r'--processes is 100000, but this machine has \d+ cores?; make it at most \d+'),
     (['--processes=2', '--devices=-1'], '--devices is -1; it must be at least 1'),
     (['--processes=2', '--process_id=1'], 'leave out --process_id=1; cnn_jax.launch sets it'),
     (['--processes=2', '--coordinator', 'a:1'], 'leave out --coordinator; cnn_jax.launch sets it'),

@@ -213,6 +213,7 @@ def test_a_sweep_of_which_no_trial_completes_fails(tmp_path, monkeypatch, field,
     (lambda files: (SPACE, ['--config=']), 'which experiment'),
     (lambda files: (SPACE, ['--sampler=best']), '--sampler'),
     (lambda files: (SPACE, ['--trials=0']), '--trials is 0'),
+    (lambda files: (SPACE, ['--workers=9999']), '--workers is 9999, but this machine has'),
     (lambda files: (SPACE, ['--storag=postgresql://a:secret@b/c']), r'a:\*\*\*@b/c'),
   ],
 )

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cnn_jax import UsageError, command, passwords
+from cnn_jax import UsageError, command, passwords, shares
 from cnn_jax import config as config_lib
 
 
@@ -77,6 +77,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
   ):
     if getattr(args, name) < least:
       raise UsageError(f'--{name} is {getattr(args, name)}; it must be at least {least}.')
+  shares.check_processes('--workers', args.workers)
   config = config_lib.load(args.config, overrides)
   if config.seeds > 1:
     raise UsageError(f'config.seeds is {config.seeds}, but a trial has one seed; remove it and use --seeds.')
