@@ -103,6 +103,33 @@ def test_the_network_by_hand(made):
   np.testing.assert_allclose(maps['logits'], maps['pooled'] @ params['head']['kernel'], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('residual', [False, True])
+def test_a_group_of_three_convolutions_by_hand(residual):
+  """With running statistics other than 0 and 1; the residual connection joins before the last activation."""
+  model = _model(features=(6, 8), convs_per_group=3, residual=residual)
+  rng = np.random.default_rng(4)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape) / 5 if x.ndim == 4 else rng.uniform(0.5, 2, x.shape), jnp.float32),
+    models.init(model, jax.random.key(0), SHAPE),
+  )
+  _, maps = model.apply(variables, rng.normal(size=(2, *SHAPE)).astype(np.float32))
+
+  def layer(x, i):
+    x = jax.lax.conv_general_dilated(
+      x, variables['params'][f'group1_conv{i}']['kernel'], (1, 1), 'SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'), precision='highest',
+    )  # fmt: skip
+    x = np.asarray(x, np.float64)
+    if i == 1:  # the last row and column of 13 have no partner
+      x = x[:, :12, :12].reshape(2, 6, 2, 6, 2, -1).max((2, 4))
+    statistics = variables['batch_stats'][f'group1_norm{i}']
+    return (x - statistics['mean']) / np.sqrt(statistics['var']) + variables['params'][f'group1_norm{i}']['bias']
+
+  first = _gelu(layer(maps['stage1'], 1))
+  last = layer(_gelu(layer(first, 2)), 3)
+  np.testing.assert_allclose(maps['stage2'], _gelu(last + first if residual else last), atol=2e-3)
+
+
 def _gelu(x):
   return x * (1 + scipy.special.erf(x / np.sqrt(2))) / 2
 

@@ -181,6 +181,12 @@ def test_cifar10_speedrun_without_an_ingredient(tmp_path):
   assert 'record' in again
 
 
+@pytest.mark.faults
+def test_cifar10_speedrun_to_96(tmp_path):
+  (row,) = _run('cifar10_speedrun', tmp_path, *_SMALL_SPEEDRUN, '--seeds=1', '--accurate')['accurate']['measurements']
+  assert 0.2 < row['accuracy']['mean'] < 1
+
+
 def test_cifar10_speedrun_reads_arrays(tmp_path):
   file = tmp_path / 'images.npz'
   arrays = {

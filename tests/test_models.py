@@ -23,7 +23,7 @@ NETWORKS = [pytest.param(name, marks=pytest.mark.faults) if name == 'convnext' e
 EACH_NETWORK = pytest.mark.parametrize('name', NETWORKS)
 # Fields that change which layers there are, for the search for their names.
 VARIANTS = {
-  'airbench': [],
+  'airbench': [{'residual': True, 'convs_per_group': 3}],
   'cnn': [{'residual': True, 'convs_per_block': 2}],
   'resnet': [{'depth': 18}, {'depth': 50}],
   'efficientnet': [],

@@ -1,7 +1,8 @@
-"""The network of the CIFAR-10 speed record: fixed whitening filters, then groups of two convolutions.
+"""The networks of the CIFAR-10 speed records: fixed whitening filters, then groups of two or three convolutions.
 
-Jordan, arXiv 2404.00498, "airbench94", with the initialisation of its later version for Muon. The first layer is computed
-from training images by `initialize` and not trained, except its bias.
+Jordan, arXiv 2404.00498: "airbench94", with the initialisation of its later version for Muon, and "airbench96", whose groups
+of three convolutions have a residual connection. The first layer is computed from training images by `initialize` and not
+trained, except its bias.
 """
 
 import math
@@ -26,6 +27,8 @@ def default_config() -> ConfigDict:
   """The fields of `config.model`."""
   config = ConfigDict()
   config.features = (64, 256, 256)  # channels of each group
+  config.convs_per_group = 2  # the first of them is followed by the pooling
+  config.residual = False  # add what the first convolution of a group gives to what the last one gives
   config.whitening = True  # fixed filters that whiten 2x2 patches, from training images; False: random and trained
   config.identity = True  # as many filters as a layer has inputs start as the identity; False: all are random
   config.activation = 'gelu'  # relu | gelu | silu
@@ -40,6 +43,7 @@ def default_config() -> ConfigDict:
 
 RULES = {
   'features': 'positive',
+  'convs_per_group': range(2, 10),
   'activation': ('relu', 'gelu', 'silu'),
   'norm_momentum': 'below one',
   'dtype': ('float32', 'bfloat16', 'float16'),
@@ -51,6 +55,8 @@ def create(config: Any, num_classes: int) -> 'Airbench':
   return Airbench(
     num_classes=num_classes,
     features=tuple(config.features),
+    convs_per_group=config.convs_per_group,
+    residual=config.residual,
     whitening=config.whitening,
     identity=config.identity,
     activation=config.activation,
@@ -90,6 +96,8 @@ class Airbench(nn.Module):
 
   num_classes: int
   features: Sequence[int] = (64, 256, 256)
+  convs_per_group: int = 2
+  residual: bool = False
   whitening: bool = True
   identity: bool = True
   activation: str = 'gelu'
@@ -140,27 +148,32 @@ class Airbench(nn.Module):
     return layers.ACTIVATIONS[self.activation](x)
 
   def _group(self, x: Array, number: int, train: bool) -> Array:
-    for i, conv in enumerate((ops.conv_max_pool, ops.conv_general_dilated), 1):
-      x = nn.Conv(
-        self.features[number - 1],
-        (3, 3),
-        use_bias=False,  # the norm has one
-        kernel_init=_identity if self.identity else _uniform,
-        dtype=self.dtype,
-        conv_general_dilated=conv,
-        name=f'group{number}_conv{i}',
-      )(x)
-      x = nn.BatchNorm(
-        use_running_average=not train or self.fixed_statistics,
-        momentum=self.norm_momentum,
-        epsilon=1e-12,
-        use_scale=self.norm_scale,
-        dtype=self.dtype,
-        axis_name='batch' if train and not self.fixed_statistics else None,
-        name=f'group{number}_norm{i}',
-      )(x)
-      x = layers.ACTIVATIONS[self.activation](x)
-    return x
+    activation, last = layers.ACTIVATIONS[self.activation], self.convs_per_group
+    x = shortcut = activation(self._conv_and_norm(x, number, 1, train))
+    for i in range(2, last):
+      x = activation(self._conv_and_norm(x, number, i, train))
+    x = self._conv_and_norm(x, number, last, train)
+    return activation(x + shortcut if self.residual else x)
+
+  def _conv_and_norm(self, x: Array, group: int, i: int, train: bool) -> Array:
+    x = nn.Conv(
+      self.features[group - 1],
+      (3, 3),
+      use_bias=False,  # the norm has one
+      kernel_init=_identity if self.identity else _uniform,
+      dtype=self.dtype,
+      conv_general_dilated=ops.conv_max_pool if i == 1 else ops.conv_general_dilated,
+      name=f'group{group}_conv{i}',
+    )(x)
+    return nn.BatchNorm(
+      use_running_average=not train or self.fixed_statistics,
+      momentum=self.norm_momentum,
+      epsilon=1e-12,
+      use_scale=self.norm_scale,
+      dtype=self.dtype,
+      axis_name='batch' if train and not self.fixed_statistics else None,
+      name=f'group{group}_norm{i}',
+    )(x)
 
 
 def _conv_with_fixed_kernel(images: Array, kernel: Array, *args: Any, **options: Any) -> Array:
