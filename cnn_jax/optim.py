@@ -57,8 +57,8 @@ def make_optimizer(
   Args:
     config: the section `config.optimizer`.
     learning_rate: from `make_schedule`.
-    stages: from `models.parameters_by_stage`; needed if `needs_stages`, or if stages are frozen.
-    frozen_stages: the stages, from the first on, whose parameters are neither updated nor decayed.
+    stages: from `models.trained_by_stage`; needed if `needs_stages`, or if stages or single parameters are frozen.
+    frozen_stages: the stages, from the first on, whose parameters are neither updated nor decayed, like those of stage 0.
     steps_per_epoch: turns the epochs of `first_stage_epochs` into steps.
 
   Returns:
@@ -81,7 +81,7 @@ def make_optimizer(
     decay,
     scale,
     *([_scale_by_stage(config.stage_rates, stages)] if config.stage_rates else []),
-    _freeze(stages, frozen_stages) if frozen_stages else optax.identity(),
+    _freeze(stages, frozen_stages),
     *([muon.rescale(lambda params: jax.tree.map(lambda name: name == 'filter', group(params)))] if rescaled else []),
   )
 
@@ -124,7 +124,8 @@ def _scale_by_stage(rates: Sequence[float], stages: Any) -> optax.GradientTransf
 
 
 def _freeze(stages: Any, frozen_stages: int) -> optax.GradientTransformation:
-  return optax.masked(optax.set_to_zero(), jax.tree.map(lambda stage: stage <= frozen_stages, stages))
+  frozen = jax.tree.map(lambda stage: stage <= frozen_stages, stages)
+  return optax.masked(optax.set_to_zero(), frozen) if any(jax.tree.leaves(frozen)) else optax.identity()
 
 
 def _to_zero(peak: float, steps: float) -> optax.Schedule:
@@ -136,8 +137,8 @@ def _groups(config: Any, stages: Any, frozen_stages: int, params: Any) -> Any:
   """A tree like `params` of what each is to the optimizer.
 
   `filter`: a tensor (height, width, channels, features) of a layer that is not the head; `kernel`: another one with two
-  axes or more; `bias`: the rest. With `first_stage_epochs` the first stage has a `first_bias`, and what else it has, or
-  is in a frozen stage, is `fixed`. So is the bias of the head with `muon_sgd`: it adds to the logits directly, unlike
+  axes or more; `bias`: the rest. What is in a frozen stage, or in stage 0, is `fixed`. With `first_stage_epochs` the first
+  stage has a `first_bias`, and what else it has is `fixed`. So is the bias of the head with `muon_sgd`: it adds to the logits directly, unlike
   any other bias, so the rate of the others makes it oscillate with the sums of the errors.
   """
 

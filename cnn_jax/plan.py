@@ -52,8 +52,8 @@ def make_plan(
   learning_rate = optim.make_schedule(config.schedule, config.optimizer.learning_rate, total_steps, steps_per_epoch)
   shape, trained = (config_lib.input_shape(config, image_shape, training=training) for training in (False, True))
   stages = None
-  if config.model.frozen_stages or optim.needs_stages(config.optimizer):
-    stages = models.parameters_by_stage(model, shape)
+  if config.model.frozen_stages or optim.needs_stages(config.optimizer) or models.fixed_parameters(model):
+    stages = models.trained_by_stage(model, shape)
   tx = optim.make_optimizer(config.optimizer, learning_rate, stages, config.model.frozen_stages, steps_per_epoch)
   boundary = frozen.find_boundary(config, model, num_train, shape, epochs)
   prepare = partial(augment.augment, config.augment, config_lib.statistics(config.data))

@@ -35,6 +35,8 @@ The module maps float images (batch, height, width, channels), normalised, to `(
 - The field `skipped_stages` of the module, 0 in `create`, says how many stages, from the first on, are left out: `images`
   are then the maps of the last of them, or `pooled` if all are left out. The variables are those of the whole network.
 - Batch norm uses the running statistics in training too if `fixed_statistics` is True.
+- A field or property `fixed_parameters` holds the paths of the parameters that no optimizer may change, such as
+  `{('stem', 'kernel')}`; without it, there are none.
 - Convolutions and norms are those of `flax.linen`, at most with another function inside, so that the layer table and
   the receptive field find them by type.
 """
@@ -42,7 +44,7 @@ The module maps float images (batch, height, width, channels), normalised, to `(
 import functools
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -229,6 +231,21 @@ def parameters_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
     needed = _inputs_of(program, program.outvars[stage - 1])
     belongs = [stage if var in needed else other for var, other in zip(params, belongs, strict=True)]
   return jax.tree.unflatten(jax.tree.structure(variables['params']), belongs)
+
+
+def trained_by_stage(model: nn.Module, image_shape: Sequence[int]) -> Any:
+  """`parameters_by_stage`, with 0 instead of the stage for each of the network's `fixed_parameters`."""
+  fixed = fixed_parameters(model)
+
+  def stage(path: Any, number: int) -> int:
+    return 0 if tuple(key.key for key in path) in fixed else number
+
+  return jax.tree_util.tree_map_with_path(stage, parameters_by_stage(model, image_shape))
+
+
+def fixed_parameters(model: nn.Module) -> Collection[tuple[str, ...]]:
+  """The paths of the parameters that no optimizer may change."""
+  return getattr(model, 'fixed_parameters', ())
 
 
 def check_images(
