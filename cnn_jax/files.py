@@ -206,6 +206,14 @@ def local_path(path: str | os.PathLike) -> str:
   return expanded
 
 
+def is_utf8(path: str | os.PathLike) -> bool:
+  """Whether the full path of a file or directory is UTF-8; the C++ libraries below JAX take no other."""
+  try:
+    return bool(os.path.abspath(path).encode())
+  except UnicodeEncodeError:
+    return False
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   """A JSON object; of a field that is there twice, readers differ in which one they take."""
   value = dict(pairs)

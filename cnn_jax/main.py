@@ -8,6 +8,7 @@ the run has ended. The same command continues a run that was stopped.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -52,15 +53,16 @@ def train_and_evaluate(
   from cnn_jax.data import load_dataset, overview
 
   config_lib.check_devices(config, jax.device_count())
-  primary = distribute.is_primary()
-  with workdirs.lock(workdir) if primary else contextlib.nullcontext():
+  with workdirs.lock(workdir) if distribute.is_primary() else contextlib.nullcontext():
     if missing := peers.first(lambda: weights.missing_statistics(config, workdir)):
       config = config_lib.vary(config, {field: tuple(levels) for field, levels in missing.items()})
     if (result := peers.first(lambda: seeds.begin(config, workdir))) is not None:
+      load = functools.cache(lambda: dataset or load_dataset(config.data))
+      peers.first(lambda: seeds.check_data(config, workdir, load))
       distribute.say(
         f'The run in {workdir} is complete: {seeds.describe(result)}. Use another --workdir for a new one.'
       )
-      seeds.finish(config, workdir, lambda: dataset or load_dataset(config.data))
+      seeds.finish(config, workdir, load)
       return result
     dataset = dataset or load_dataset(config.data)
     num_classes, image_shape = len(dataset.class_names), tuple(dataset.train.images.shape[1:])
@@ -70,8 +72,6 @@ def train_and_evaluate(
     for line in lines:
       distribute.say(line)
     peers.compare(lambda: seeds.facts(config, dataset))
-    if primary:
-      seeds.write_start(config, workdir)
     for line in overview.lines(dataset):
       distribute.say(line)
     input_shape = config_lib.input_shape(config, image_shape)

@@ -63,6 +63,12 @@ def check_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
     )
 
 
+def moved_data(workdir: str | os.PathLike, config: ConfigDict) -> bool:
+  """Whether the recorded config says that the data are at another place; if so, they may be others."""
+  recorded = _read_config(workdir)
+  return recorded is not None and any(recorded.data[name] != config.data[name] for name in ('dir', 'table'))
+
+
 def shared_fields(config: ConfigDict) -> dict[str, Any]:
   """The fields that all processes of a run must have in common, as JSON values by name, such as {'seed': 0}."""
   fields = dict(config_lib.leaves(files.plain(config.to_dict())))
@@ -87,9 +93,8 @@ def check_saved_config(workdir: str | os.PathLike, saved: Any, config: ConfigDic
     raise UsageError(f'a checkpoint in {workdir} holds no config but a {type(saved).__name__}; use another workdir.')
   for field, old, new in _differences(_make_config(saved, path), config):
     if field not in _LENGTH or config.schedule.name != 'constant':
-      raise UsageError(
-        f'{path} has {new!r} as {field}, but its checkpoint was trained with {old!r}; restore that value.'
-      )
+      where = f'{path} has {new!r} as {field}' if path.exists() else f'config.{field} is {new!r}'
+      raise UsageError(f'{where}, but the checkpoint in {workdir} was trained with {old!r}; restore that value.')
 
 
 def write_config(workdir: str | os.PathLike, config: ConfigDict) -> None:

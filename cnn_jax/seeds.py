@@ -15,7 +15,19 @@ import jax
 import numpy as np
 
 import cnn_jax
-from cnn_jax import Diverged, Stopped, checkpoint, command, distribute, files, peers, record, train, workdirs
+from cnn_jax import (
+  Diverged,
+  Stopped,
+  UsageError,
+  checkpoint,
+  command,
+  distribute,
+  files,
+  peers,
+  record,
+  train,
+  workdirs,
+)
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, identity
 from cnn_jax.tables import format_mean_std
@@ -28,6 +40,7 @@ def train_one(config: Any, dataset: Dataset, workdir: str | os.PathLike, **optio
     config, dataset, workdir, options: see `train.train`.
   """
   tested: dict[str, np.ndarray] = {}
+  options = {'on_start': functools.partial(write_start, config, workdir)} | options
   result = train.train(config, dataset, workdir, on_test=lambda logits: tested.update(test=logits), **options)
   if config.adapt_to_data:
     adapted, _ = config_lib.adapt(config, len(dataset.train))
@@ -92,6 +105,7 @@ def train_seeds(config: Any, dataset: Dataset, workdir: str | os.PathLike, **opt
   """
   primary = distribute.is_primary()
   results = []
+  write_all = functools.cache(lambda: write_start(config, workdir))
   # One handler for all: a signal between two seeds, or during the test of one, stops as well.
   with command.stop_signal() as stopping:
     for i, seed in enumerate(range(config.seed, config.seed + config.seeds)):
@@ -103,17 +117,21 @@ def train_seeds(config: Any, dataset: Dataset, workdir: str | os.PathLike, **opt
       with workdirs.lock(place) if primary else contextlib.nullcontext():
         result = peers.first(functools.partial(begin, one, place))
         if result is None:
-          if primary:
-            write_start(one, place)
           distribute.say(f'Seed {seed}, {i + 1} of {config.seeds}:')
+
+          def on_start(one: Any = one, place: Path = place) -> None:
+            write_all()
+            write_start(one, place)
+
           try:
-            result = train_one(one, dataset, place, stopping=stopping, **options)
+            result = train_one(one, dataset, place, stopping=stopping, on_start=on_start, **options)
           except Diverged as error:
             raise Diverged(f'with seed {seed} {error}') from error
         distribute.say(f'Seed {seed}: {describe(result)}.')
         results.append(result)
   result = summarize(results)
   if primary:
+    write_all()
     record.write_result(workdir, result)
   return result
 
@@ -129,15 +147,40 @@ def begin(config: Any, workdir: str | os.PathLike) -> dict[str, Any] | None:
     workdir: of the run; may not exist yet.
 
   Raises:
-    UsageError: see `record.check_config`.
+    UsageError: see `record.check_config`; or result.json is not a result.
   """
   record.check_config(workdir, config)
   result = record.read_result(workdir)
   if result is None:
     return None
-  epochs = config_lib.num_epochs(config, result['num_train'])
-  lengths = zip(_each(result, 'epochs'), _each(result, 'stopped_early'), strict=True)
-  return result if all(done >= epochs or early for done, early in lengths) else None
+  try:
+    describe(result)
+    epochs = config_lib.num_epochs(config, result['num_train'])
+    lengths = zip(_each(result, 'epochs'), _each(result, 'stopped_early'), strict=True)
+    return result if all(done >= epochs or early for done, early in lengths) else None
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # anybody may have written it
+    raise UsageError(
+      f'{Path(workdir) / "result.json"} is not the result of a run; remove it, and the same command writes it again.'
+    ) from error
+
+
+def check_data(config: Any, workdir: str | os.PathLike, load: Callable[[], Dataset]) -> None:
+  """Checks the data of a start that has nothing left to train, if they are at another place than those of the run.
+
+  Args:
+    config: of the start.
+    workdir: of a complete run, or of the runs of several seeds.
+    load: returns the data set.
+
+  Raises:
+    UsageError: the data are others; the first classes or files that differ are named.
+  """
+  if not record.moved_data(workdir, config):
+    return
+  one = workdirs.seed_workdir(workdir, config.seed) if config.seeds > 1 else Path(workdir)
+  recorded = files.read_json(one / 'data.json') or {}
+  if isinstance(identified := recorded.get('identity'), Mapping):
+    identity.check({'data': identified}, load(), one)
 
 
 def write_start(config: Any, workdir: str | os.PathLike) -> None:

@@ -76,6 +76,7 @@ def train(
   workdir: str | os.PathLike,
   *,
   evaluate_test: bool = True,
+  on_start: Callable[[], None] | None = None,
   on_validation: Callable[[int, dict[str, float]], None] | None = None,
   on_test: Callable[[np.ndarray], None] | None = None,
   profile: bool = False,
@@ -89,6 +90,8 @@ def train(
     workdir: locked; metrics and checkpoints are written there, by process 0 alone.
     evaluate_test: whether to evaluate the test split at the end. Pass False when comparing runs, so that selection
       never sees it.
+    on_start: called by process 0 when the run is certain to begin: the data and the config are those of its checkpoint,
+      and the weights to start from have been read. Nothing has been written by then.
     on_validation: called with the epoch, from 1, and the metrics of each validation, before the
       checkpoint is saved. An exception that it raises ends the run, which can be resumed as if it had been killed.
     on_test: called with the logits of the test split, float32 (n, num_classes).
@@ -118,6 +121,8 @@ def train(
     start.restore(checkpoints, made.state, made.tx, dataset, asked) if primary else (made.state, 0, {})
   )
   step, info = peers.first(lambda: (step, info))
+  if primary and on_start:
+    on_start()
   if step:
     distribute.say(f'Resuming at step {step:,} of {total_steps:,}.')
   elif primary:

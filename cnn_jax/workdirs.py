@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cnn_jax
-from cnn_jax import UsageError
+from cnn_jax import UsageError, files
 
 try:
   import fcntl
@@ -28,11 +28,14 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
     workdir: of the run.
 
   Raises:
-    UsageError: another process owns the workdir, or it cannot be written; or the system has no such locks.
+    UsageError: another process owns the workdir, or it cannot be written; its path is not UTF-8, which the files of a
+      checkpoint need; or the system has no such locks.
   """
   if fcntl is None:
     raise UsageError(cnn_jax.SYSTEMS)
   path = Path(workdir)
+  if not files.is_utf8(path):
+    raise UsageError(f'the path of the workdir {path} is not UTF-8; use another --workdir.')
   with contextlib.ExitStack() as stack:
     with writing(path):
       path.mkdir(parents=True, exist_ok=True)

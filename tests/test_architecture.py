@@ -69,7 +69,7 @@ ARROWS = {
   'checkpoint': {'arrays', 'command', 'files'},
   'arrays': set(),
   'record': {'config', 'environment', 'files', 'sinks', 'workdirs'},
-  'workdirs': set(),
+  'workdirs': {'files'},
   'environment': {'passwords'},
   'passwords': set(),
   'sinks': {'files', 'passwords'},

@@ -1,6 +1,7 @@
 """The commands as a user meets them: output, files, and answers to mistakes."""
 
 import json
+import os
 import shutil
 import time
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnn_jax import workdirs
+from cnn_jax import UsageError, record, seeds, workdirs
 from cnn_jax.run import load_run, load_run_dataset
 from tests.helpers import ROOT, call_command, logits_of, run_command
 
@@ -71,7 +72,7 @@ def _folder(path, classes=('cat', 'dog'), images=3):
   for name in classes:
     (path / name).mkdir(parents=True)
     for i in range(images):
-      Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(path / name / f'{i}.png')
+      Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(path / name / f'{i}.png')
   return path
 
 
@@ -214,3 +215,64 @@ def test_a_workdir_belongs_to_one_process(tmp_path, digits_run):
     done = call_command('cnn_jax.main', DIGITS, f'--workdir={workdir}')
   assert done.returncode == 2
   assert 'in use by process' in done.stderr
+
+
+# Starts that are refused ------------------------------------------------------------------------
+
+SMALL = (
+  '--config.epochs=1', '--config.min_steps=0', '--config.batch_size=4', '--config.schedule.warmup_epochs=0.5',
+  '--config.model.features=(4,)', '--config.log.report=False', '--config.log.tensorboard=False', '--config.data.image_size=8',
+  '--config.adapt_to_data=False',
+)  # fmt: skip
+
+
+def _train(directory, workdir, *arguments):
+  arguments = (*SMALL, f'--config.data.dir={directory}', f'--workdir={workdir}', *arguments)
+  return call_command('cnn_jax.main', '--config=configs/image_folder.py', *arguments)
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_a_complete_run_does_not_answer_for_other_data(tmp_path, count):
+  several = f'--config.seeds={count}'
+  pets, other = _folder(tmp_path / 'pets', images=12), _folder(tmp_path / 'other', ('ant', 'bee'), 12)
+  assert _train(pets, tmp_path / 'run', several).returncode == 0
+  assert 'is complete' in _train(pets, tmp_path / 'run', several).stdout
+  done = _train(other, tmp_path / 'run', several)
+  assert done.returncode == 2
+  assert "class 'ant' is new" in done.stderr
+  shutil.move(pets, tmp_path / 'moved')
+  assert _train(tmp_path / 'moved', tmp_path / 'run', several).returncode == 0
+
+
+def test_a_refused_start_leaves_the_workdir_as_it_was(tmp_path):
+  pets, run = _folder(tmp_path / 'pets', images=12), tmp_path / 'run'
+  (tmp_path / 'bad.safetensors').write_text('bad')
+  done = _train(pets, run, f'--config.init_from={tmp_path / "bad.safetensors"}')
+  assert done.returncode == 2
+  assert [path.name for path in run.iterdir()] == ['.lock']
+  assert _train(pets, run).returncode == 0
+  for name in ('config.json', 'result.json'):
+    (run / name).unlink()
+  done = _train(pets, run, '--config.optimizer.learning_rate=0.5')
+  assert done.returncode == 2
+  assert 'config.optimizer.learning_rate is 0.5, but the checkpoint in' in done.stderr
+  assert not (run / 'config.json').exists()
+  assert _train(pets, run).returncode == 0
+
+
+@pytest.mark.parametrize(
+  'text', ['{}', '{"test_accuracy": "x"}', '{"num_train": "many"}', '{"seeds": [1], "epochs": {}}']
+)
+def test_a_file_that_is_no_result_is_one_line(tmp_path, digits_run, text):
+  shutil.copytree(digits_run, tmp_path / 'run')
+  (tmp_path / 'run' / 'result.json').write_text(text)
+  with pytest.raises(UsageError, match='result.json is not the result of a run; remove it, and the same command'):
+    seeds.begin(record.load_config(digits_run), tmp_path / 'run')
+
+
+def test_a_workdir_whose_path_is_not_utf8_is_refused_before_training(tmp_path):
+  workdir = tmp_path / os.fsdecode(b'caf\xe9')
+  done = call_command('cnn_jax.main', DIGITS, f'--workdir={workdir}')
+  assert done.returncode == 2
+  assert 'is not UTF-8; use another --workdir' in done.stderr
+  assert not workdir.exists()
