@@ -45,6 +45,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
   if sys.platform == 'win32':
     fail(SYSTEMS)
     sys.exit(USAGE)
+  _open_streams()
   signals.start()
   try:
     status = call(main, sys.argv[1:])
@@ -55,6 +56,20 @@ def run(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     status = 1
   signals.finish(status)
   sys.exit(status)
+
+
+def _open_streams() -> None:
+  """Opens the standard streams that the parent has closed, as daemons do, so that what is printed goes nowhere.
+
+  Otherwise the next file that is opened would become standard output.
+  """
+  for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+    try:
+      os.fstat(number)
+    except OSError:
+      assert os.open(os.devnull, os.O_RDWR) == number, 'a new file has the lowest number that is free'
+    if getattr(sys, name) is None:
+      setattr(sys, name, os.fdopen(number, 'w' if number else 'r', closefd=False))
 
 
 def call(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
@@ -95,9 +110,22 @@ def outcome(error: BaseException) -> tuple[int, str] | None:
     return STOPPED, 'stopped'
   if isinstance(error, BrokenPipeError):
     return STOPPED, ''
+  if line := _missing_backend(error):
+    return USAGE, _one_line(line)
   if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
     return USAGE, _one_line(f'cannot write {error.filename or "the output"}: {error.strerror}; free some space.')
   return None
+
+
+def _missing_backend(error: BaseException) -> str:
+  """What to say of an error of JAX about the devices that JAX_PLATFORMS asks for; '' if it is another error."""
+  if isinstance(error, RuntimeError) and str(error).startswith('Unable to initialize backend'):
+    return str(error)  # it says what to set
+  # Without a GPU, 'cuda' is an assertion that fails, without a message.
+  asked = os.environ.get('JAX_PLATFORMS')
+  if asked and isinstance(error, AssertionError) and traceback.extract_tb(error.__traceback__)[-1].name == 'backends':
+    return f'JAX finds no device for JAX_PLATFORMS={asked}; remove the variable, or set it to cpu.'
+  return ''
 
 
 def fail(error: object) -> None:
@@ -151,9 +179,14 @@ def _use_compile_cache() -> None:
   """Keeps compiled programs in the cache directory, so that only the first run of a config compiles."""
   import jax
 
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  path = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  if path is None:
     with contextlib.suppress(UsageError):  # no home directory, so no cache
-      jax.config.update('jax_compilation_cache_dir', str(files.cache_dir() / 'compiled'))
+      path = str(files.cache_dir() / 'compiled')
+      jax.config.update('jax_compilation_cache_dir', path)
+  if path and not files.is_utf8(path):  # XLA would refuse every program
+    compiled.warn(path, 'its path is not UTF-8')
+    jax.config.update('jax_compilation_cache_dir', None)
   # The default keeps programs that took more than a second to compile; these are smaller.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   compiled.check_files()

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 
+def warn(path: Any, reason: str | None) -> None:
+  """Says that a directory cannot keep compiled programs, and why."""
+  shown = str(path).encode(errors='backslashreplace').decode()  # it may not be UTF-8
+  print(f'warning: compiled programs are not kept in {shown}: {reason}.', file=sys.stderr)
+
+
 def check_files() -> None:
   """Makes JAX check the files of its cache; does nothing if this version of JAX has no such place."""
   with contextlib.suppress(ImportError, AttributeError):
@@ -34,7 +40,7 @@ class _Maker:
     try:
       made = self._make(path)
     except OSError as error:
-      _warn(path, error)
+      warn(path, error.strerror)
       return None
     return made and (_Checked(made[0], Path(path)) if '://' not in path else made[0], made[1])
 
@@ -82,7 +88,7 @@ class _Checked:
         self._remove(key)  # half a file
       if not self._warned:
         self._warned = True
-        _warn(self._path, error)
+        warn(self._path, error.strerror)
 
   def clear(self) -> None:
     self._given.clear()
@@ -102,7 +108,3 @@ class _Checked:
 
 def _checksum(value: bytes) -> str:
   return f'{zlib.crc32(value):08x} {len(value)}'
-
-
-def _warn(path: Any, error: OSError) -> None:
-  print(f'warning: compiled programs are not kept in {path}: {error.strerror}.', file=sys.stderr)

@@ -68,6 +68,15 @@ def test_compiled_programs_are_kept_in_the_cache_directory(monkeypatch, cache_se
   assert cache_setting() is None  # JAX reads its own variable
 
 
+def test_a_cache_whose_path_is_not_utf8_is_left_out(monkeypatch, cache_setting, capsys):
+  monkeypatch.setenv('XDG_CACHE_HOME', os.fsdecode(b'/c\xe9'))
+  assert cache_setting() is None
+  assert 'compiled programs are not kept in' in capsys.readouterr().err
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', os.fsdecode(b'/d\xe9'))
+  assert cache_setting() is None
+  assert 'its path is not UTF-8' in capsys.readouterr().err
+
+
 def test_without_a_home_directory_there_is_no_cache(monkeypatch, cache_setting):
   def homeless():
     raise RuntimeError('Could not determine home directory.')
@@ -156,6 +165,46 @@ def test_output_that_nobody_can_read_is_no_bug(output, status, errors):
     ['bash', '-c', f"'{sys.executable}' -c '{PRINTS}' {output}"], cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert (done.returncode, done.stderr) == (status, errors)
+
+
+_STREAMS = """
+import os, sys
+from cnn_jax import command
+
+def main(argv):
+  print('out', flush=True)
+  print('err', file=sys.stderr, flush=True)
+  assert sys.stdin.read() == ''
+  assert sys.stdout.isatty() is False
+  with open(argv[0], 'w') as file:
+    assert file.fileno() > 2
+    file.write('mine')
+
+command.run(main)
+"""
+
+
+@pytest.mark.parametrize('closed', ['0<&-', '1>&-', '2>&-', '0<&- 1>&- 2>&-', '1>&- 2>&-'])
+def test_closed_streams_go_nowhere(tmp_path, closed):
+  line = f'exec "$0" -c "$1" "$2" </dev/null {closed}'
+  done = subprocess.run(
+    ['bash', '-c', line, sys.executable, _STREAMS, tmp_path / 'file'], cwd=ROOT, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stdout) == (0, '' if '1>' in closed else 'out\n'), done.stderr
+  assert done.stderr == ('' if '2>' in closed else 'err\n')
+  assert (tmp_path / 'file').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(('platform', 'message'), [('nothing', "backend 'nothing'"), ('cuda', 'JAX_PLATFORMS=cuda')])
+def test_a_platform_that_is_not_there_is_one_line(platform, message):
+  program = 'import jax; from cnn_jax import command; command.run(lambda _: print(jax.devices()))'
+  environment = os.environ | {'JAX_PLATFORMS': platform}
+  done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, env=environment, capture_output=True, text=True)
+  if platform == 'cuda' and done.returncode == 0:
+    pytest.skip('there is a GPU')
+  assert done.returncode == command.USAGE, done.stderr
+  assert done.stderr.startswith('error: ') and len(done.stderr.splitlines()) == 1
+  assert message in done.stderr
 
 
 def test_a_closed_terminal_leaves_the_status(monkeypatch):
