@@ -1,6 +1,7 @@
 """Config files and overrides of their fields, and the checks that run before anything slow starts."""
 
 import importlib.util
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def load(path: str, arguments: Sequence[str] = ()) -> ConfigDict:
     return override(config, arguments)
   except UsageError as error:
     raise UsageError(f'{path}: {error}') from error
-  except Exception as error:  # whatever a config file raises is a mistake in that file
+  except (Exception, SystemExit) as error:  # whatever a config file raises is a mistake in that file
     raise UsageError(f'{path}: {type(error).__name__}: {error}') from error
 
 
@@ -153,6 +154,11 @@ def check(config: ConfigDict) -> None:
     raise UsageError(
       'config.evaluation.views averages over flips and shifts, but config.augment has neither; turn one of them on.'
     )
+  if config.augment.alternate and config.fine_tuning.views:
+    raise UsageError(
+      'config.augment.alternate tells epochs apart, but the maps of config.fine_tuning.views are of random flips; turn '
+      'one of them off.'
+    )
   if config.augment.alternate and not config.augment.flip:
     raise UsageError('config.augment.alternate says which epochs mirror an image; it needs config.augment.flip=True.')
   if not config.min_steps:  # otherwise the number of epochs depends on the data; see `check_data`
@@ -248,8 +254,8 @@ def check_data(
 
   Raises:
     UsageError: a batch larger than the split, a shift larger than the image, a warm-up as long as the training,
-      images too small for the network, a network that fits one size only in training at another, other weights than one
-      per class, more rates than stages, or patience without validation.
+      images too small for the network, a network too large for the memory or one that fits one size only in training at
+      another, other weights than one per class, more rates than stages, or patience without validation.
   """
   config, _ = adapt(config, num_train)
   rules.check_class_weights(config, num_classes)
@@ -274,9 +280,21 @@ def check_data(
     raise UsageError(f'config.epochs and config.min_steps ask for {epochs} epochs; a run has less than {2**31} steps.')
   _check_warmup(config, epochs)
   rules.check_stage_rates(config.optimizer.stage_rates, models.check_images(config.model, num_classes, shape))
+  _check_memory(config, num_classes, shape)
   if trained != shape:
     models.check_images(config.model, num_classes, trained, 'config.augment.image_size')
     _check_any_size(config, num_classes, shape, trained)
+
+
+def _check_memory(config: ConfigDict, num_classes: int, shape: Sequence[int]) -> None:
+  """Checks that the parameters alone fit into the memory of this machine, which may have to hold them for a GPU."""
+  params = models.init_shapes(models.create(config.model, num_classes), shape)['params']
+  needed, memory = 4 * models.num_parameters(params), os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if needed > memory:
+    raise UsageError(
+      f'the network of config.model has {needed // 4:,} parameters, which need {needed / 1e9:,.0f} GB; this machine has '
+      f'{memory / 1e9:,.0f} GB. Make it smaller.'
+    )
 
 
 def _check_any_size(config: ConfigDict, num_classes: int, *shapes: Sequence[int]) -> None:

@@ -124,6 +124,8 @@ def default_config(model: str = 'cnn') -> ConfigDict:
   return config.lock()
 
 
+_LARGEST_SIDE = 8192  # pixels; an RGB image of 200 MB
+
 # The values that fields may have; see `rules.check_value`. Those of the section `model` are in the file of the network.
 RULES: dict[str, Any] = {
   'seed': 'seed',
@@ -132,6 +134,8 @@ RULES: dict[str, Any] = {
   'batch_size': 'positive',
   'epochs': 'positive',
   'data.source': ('auto', 'tfds', 'folder', 'tar', 'bundled'),
+  'data.image_size': range(_LARGEST_SIDE + 1),
+  'data.canvas_size': range(_LARGEST_SIDE + 1),
   'data.resize': ('crop', 'pad', 'stretch'),
   'data.channels': (0, 1, 3),
   'data.bit_depth': (0, 8, 10, 12, 14, 16),
@@ -141,6 +145,7 @@ RULES: dict[str, Any] = {
   'data.sampling': ('uniform', 'balanced'),
   'data.validation': 'below one',
   'data.test': 'below one',
+  'augment.image_size': range(_LARGEST_SIDE + 1),
   'augment.padding': ('constant', 'reflect'),
   'augment.scale': 'below one',
   'augment.erase': 'at most one',

@@ -69,7 +69,7 @@ def find_boundary(
 def describe(
   config: Any, model: nn.Module, num_train: int, image_shape: tuple[int, ...], epochs: int, boundary: Boundary | None
 ) -> str:
-  """A sentence about the maps that are kept, or why none or fewer are; '' if the config asks for none.
+  """A sentence about frozen stages: the maps that are kept, why none or fewer are, or random weights; '' if all is as expected.
 
   Args:
     config, model, num_train, image_shape, epochs: see `find_boundary`.
@@ -77,7 +77,8 @@ def describe(
   """
   wanted = min(config.fine_tuning.views, epochs)
   if not wanted:
-    return ''
+    unknown = config.model.frozen_stages and not config.init_from
+    return 'The frozen stages have random weights, because config.init_from is empty.' if unknown else ''
   if not config.model.frozen_stages:
     return 'No stages are frozen (config.model.frozen_stages), so config.fine_tuning.views has no effect.'
   needed = wanted * _megabytes(num_train, _place(config, model, image_shape)[2])

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from cnn_jax import UsageError
 
-_LARGEST = 3.4e38  # of float32
+_LARGEST, _SMALLEST = 3.4e38, 1.2e-38  # of float32
+_LEAST_STD = 1e-3  # levels; the network's input stays below 255,000
 
 
 def check_fields(config: ConfigDict, base: ConfigDict, prefix: str = '') -> None:
@@ -56,6 +57,8 @@ def check_value(field: str, value: Any, rule: tuple | range | str | None) -> Non
     raise UsageError(f'{field} is {value}; it must be a finite number.')
   if any(number < 0 for number in numbers):
     raise UsageError(f'{field} is {value}; it must not be negative.')
+  if any(0 < number < _SMALLEST for number in numbers):
+    raise UsageError(f'{field} is {value}, which is zero in float32; the smallest number is {_SMALLEST:.2g}.')
   if rule != 'seed' and any(isinstance(number, int) and number >= 2**31 for number in numbers):
     raise UsageError(f'{field} is {value}; it must be less than {2**31}.')
   if isinstance(rule, range) and value not in rule:
@@ -138,8 +141,8 @@ def check_statistics(config_data: Any, channels: int) -> None:
         f'config.data.{name} is {" ".join(repr(values).split())[:80]}; give one number of levels, such as (127.5,), or '
         'three, of red, green and blue.'
       )
-  if any(x <= 0 for x in std):
-    raise UsageError(f'config.data.std is {std}; it must be greater than zero.')
+  if any(x < _LEAST_STD for x in std):
+    raise UsageError(f'config.data.std is {std}; it is in levels from 0 to 255, and must be at least {_LEAST_STD}.')
   if len(mean) != len(std):
     raise UsageError(
       f'config.data.mean is {mean} but config.data.std is {std}; give as many numbers of both, or none of either.'

@@ -172,6 +172,7 @@ def test_the_networks_are_files_of_the_folder():
   ('body', 'message'),
   [
     ('raise OSError("no such thing")', 'OSError: no such thing'),
+    ('import sys; sys.exit(0)', 'SystemExit: 0'),
     ('get_config = lambda: 3', 'returned a int; it must return a ConfigDict'),
     ('def get_config(:', 'SyntaxError'),
     ('from cnn_jax.config import default_config as get_config\nimport nowhere', "No module named 'nowhere'"),
@@ -236,7 +237,15 @@ def test_a_config_of_an_earlier_version_is_translated():
     ('data.mean', (128.0,), 'config.data.mean is (128.0,) but config.data.std is ()'),
     ('data.std', (1.0, 2.0), 'give one number of levels, such as (127.5,), or three'),
     ('data.std', ('1',), 'give one number of levels'),
-    ('data.std', (0.0,), 'config.data.std is (0.0,); it must be greater than zero'),
+    ('data.std', (0.0,), 'config.data.std is (0.0,); it is in levels from 0 to 255, and must be at least 0.001'),
+    ('data.std', (1e-4,), 'config.data.std is (0.0001,); it is in levels'),
+    (
+      'optimizer.learning_rate',
+      1e-60,
+      'config.optimizer.learning_rate is 1e-60, which is zero in float32; the smallest',
+    ),
+    ('loss.class_weights', (1e-60, 1.0), 'config.loss.class_weights is (1e-60, 1.0), which is zero in float32'),
+    ('data.canvas_size', 8193, 'config.data.canvas_size is 8193; it must be from 0 to 8192'),
   ],
 )
 def test_impossible_values_are_one_sentence(field, value, message):
@@ -280,6 +289,13 @@ def test_processes_suit_the_machine(monkeypatch):
   config.data.workers = 25
   with pytest.raises(UsageError, match='config.data.workers is 25, but this machine has 3 cores; make it at most 24'):
     config_lib.check_devices(config, 1)
+
+
+@pytest.mark.parametrize('features', [(10**5, 10**5), (2**31 - 1,), (8, 2**31 - 1, 8)])
+def test_a_network_fits_into_the_memory(features):
+  config = config_lib.vary(default_config(), {'model.features': features})
+  with pytest.raises(UsageError, match=r'config.model has [\d,]+ parameters, which need [\d,]+ GB; this machine has'):
+    config_lib.check_data(config, 128, 10, (28, 28, 1))
 
 
 def test_the_config_fits_the_data():

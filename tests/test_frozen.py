@@ -65,7 +65,9 @@ def test_the_maps_that_are_kept_are_described():
     return frozen.describe(config, model, num_train, SHAPE, config.epochs, boundary)
 
   assert line().startswith('The first 1 stages are frozen: their maps of 2 views of each image are computed once')
-  assert line(fine_tuning__views=0) == ''
+  assert 'random weights' in line(fine_tuning__views=0)
+  assert line(fine_tuning__views=0, init_from='a/run') == ''
+  assert line(fine_tuning__views=0, model__frozen_stages=0) == ''
   assert 'no effect' in line(model__frozen_stages=0)
   few = line(100_000, fine_tuning__megabytes=13)
   assert 'of 1 view of each' in few and 'megabytes is 13; 2 views need 26' in few

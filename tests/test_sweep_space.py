@@ -49,6 +49,11 @@ def mixed(tmp_path_factory):
     ("def suggest(trial, config):\n  trial.suggest_int('a', 0, 3)", 'the same config'),
     ('def suggest(trial, config)\n  pass', 'line 1: SyntaxError'),
     ('import no_such_module', 'ModuleNotFoundError'),
+    ('raise SystemExit(0)', 'line 1: SystemExit'),
+    (
+      SPACE.replace('config.data.split_seed', 'config.seeds').replace('0, 999', '2, 9'),
+      'sets config.seeds to [0-9]+, but a trial has one seed',
+    ),
   ],
 )
 def test_a_mistake_in_a_space_is_found_before_the_first_trial(tmp_path, text, message):

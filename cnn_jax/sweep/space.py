@@ -84,7 +84,7 @@ class Space:
     """Makes the config of a trial, which may turn out to be infeasible.
 
     Raises:
-      UsageError: the space file fails.
+      UsageError: the space file fails, or asks for several seeds.
     """
     config = ConfigDict(self._config.to_dict()).lock()
     try:
@@ -93,8 +93,12 @@ class Space:
         self._suggest(trial, config)
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError):
       raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       raise self._blame(error) from error
+    if config.seeds > 1:
+      raise UsageError(
+        f'{self._path} sets config.seeds to {config.seeds}, but a trial has one seed; remove it and use --seeds.'
+      )
     return config
 
   def identity(self, params: Mapping[str, Any]) -> str:
@@ -167,7 +171,7 @@ class Space:
       )
     try:
       names = runpy.run_path(self._path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       raise self._blame(error) from error
     if not callable(names.get('suggest')):
       raise UsageError(f'{self._path} defines no function suggest(trial, config); see experiments/spaces/.')
@@ -192,7 +196,7 @@ class Space:
       )
     return _all_values(distribution)
 
-  def _blame(self, error: Exception) -> UsageError:
+  def _blame(self, error: BaseException) -> UsageError:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == self._path]
     if isinstance(error, SyntaxError) and error.filename == self._path:
       lines = [error.lineno]
