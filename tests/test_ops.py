@@ -154,6 +154,23 @@ def test_unusual_convolutions_are_passed_on_to_lax(options):
   assert_same(*convolutions(padding=((1, 1), (1, 1)), **options), normal(0, 2, 8, 7, 2), normal(1, 3, 3, channels, 4))
 
 
+@pytest.mark.parametrize('padding', [((-1, 2), (0, 1)), ((1, 1), (-2, -1)), 'VALID'])
+@pytest.mark.parametrize('kernel', [(3, 3, 2, 4), (8, 1, 2, 4), (1, 1, 2, 4), (3, 3, 1, 2), (3, 3, 16, 16)])
+def test_cut_off_pixels_and_kernels_larger_than_the_image(monkeypatch, kernel, padding):
+  _wide_from(monkeypatch, 16)
+  channels = max(kernel[2], 2)
+  options = {'feature_group_count': 2} if kernel[2] == 1 else {}
+  arguments = normal(0, 2, 6, 7, channels), normal(1, *kernel)
+  assert_same(*convolutions(padding=padding, **options), *arguments)
+  if not options:
+    assert_same(*convolutions_and_pools(padding=padding), *arguments)
+
+
+def test_a_window_larger_than_the_image():
+  x = normal(0, 2, 6, 7, 3)
+  assert_same(*(functools.partial(f, window_shape=(8, 2), strides=(2, 2)) for f in (ops.max_pool, nn.max_pool)), x)
+
+
 def test_unusual_layouts_are_passed_on_to_lax():
   x, kernel = normal(0, 2, 3, 7, 6), normal(1, 4, 3, 3, 3)
   for conv in (ops.conv_general_dilated, lax.conv_general_dilated):

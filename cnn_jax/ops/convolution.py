@@ -11,7 +11,17 @@ from jax import Array, lax
 
 from cnn_jax.ops import winograd
 from cnn_jax.ops.depthwise import depthwise_conv
-from cnn_jax.ops.im2col import Padding, Pads, accumulator, matmul, output_size, slices, to_pads, transposed_product
+from cnn_jax.ops.im2col import (
+  Padding,
+  Pads,
+  accumulator,
+  is_usual,
+  matmul,
+  output_size,
+  slices,
+  to_pads,
+  transposed_product,
+)
 
 # From this version XLA:CPU uses YNNPACK, which changes what is fast and what is fused.
 YNNPACK = jax.__version_info__ >= (0, 11)
@@ -39,22 +49,19 @@ def conv_general_dilated(
     lhs: images (batch, height, width, channels).
     rhs: kernels (height, width, channels, features), of the same dtype.
     window_strides, padding: as for `lax.conv_general_dilated`.
-    options: its other arguments, by name. Groups of more than one channel, dilation, other numbers of spatial dimensions
-      and other layouts are passed on to it, and so are their gradients.
+    options: its other arguments, by name. Groups of more than one channel, dilation, negative padding, kernels larger
+      than the image, other numbers of spatial dimensions and other layouts are passed on to it, and so are their gradients.
 
   Returns:
     (batch, height, width, features), of the dtype of `lhs` or `preferred_element_type`.
   """
-  groups = options.get('feature_group_count', 1)
-  if groups == lhs.shape[-1] == rhs.shape[-1] > 1 and is_plain(lhs, rhs, **(options | {'feature_group_count': 1})):
+  depthwise = options.get('feature_group_count', 1) == lhs.shape[-1] == rhs.shape[-1] > 1
+  if is_plain(lhs, rhs, **(options | ({'feature_group_count': 1} if depthwise else {}))):
     strides = tuple(window_strides)
     pads = to_pads(padding, lhs.shape[1:3], rhs.shape[:2], strides)
-    return depthwise_conv(lhs, rhs, strides, pads, options.get('precision'))
-  if not is_plain(lhs, rhs, **options):
-    return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-  strides = tuple(window_strides)
-  pads = to_pads(padding, lhs.shape[1:3], rhs.shape[:2], strides)
-  return _conv(lhs, rhs, strides, pads, options.get('precision'))
+    if is_usual(lhs.shape[1:3], rhs.shape[:2], pads):
+      return (depthwise_conv if depthwise else _conv)(lhs, rhs, strides, pads, options.get('precision'))
+  return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
 
 
 def is_plain(

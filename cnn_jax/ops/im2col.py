@@ -23,6 +23,17 @@ def to_pads(padding: Padding, shape: Sequence[int], window: Sequence[int], strid
   return tuple((int(low), int(high)) for low, high in pads)
 
 
+def is_usual(shape: Sequence[int], window: Sequence[int], pads: Pads) -> bool:
+  """Whether no pixels are cut off by negative padding, and at least one window lies in the padded image.
+
+  Args:
+    shape: height and width of the images.
+    window: height and width of a window.
+    pads: from `to_pads`.
+  """
+  return all(min(pad) >= 0 and size + sum(pad) >= length for size, length, pad in zip(shape, window, pads, strict=True))
+
+
 def output_size(x: Array, kernel: Array, pads: Pads) -> list[int]:
   """Height and width of the outputs of a convolution with strides of 1."""
   return [size + sum(p) - k + 1 for size, p, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)]

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array, lax
 
 from cnn_jax.ops.convolution import YNNPACK, conv_general_dilated, input_gradient, is_plain, lax_conv
-from cnn_jax.ops.im2col import Padding, matmul, output_size, slices, to_pads, transposed_product
+from cnn_jax.ops.im2col import Padding, is_usual, matmul, output_size, slices, to_pads, transposed_product
 
 
 def max_pool(
@@ -35,7 +35,10 @@ def max_pool(
   strides = tuple(strides or (1,) * len(window))
   if x.ndim != 4 or len(window) != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
     return nn.max_pool(x, window, strides, padding)
-  return _max_pool(x, window, strides, to_pads(padding, x.shape[1:3], window, strides))
+  pads = to_pads(padding, x.shape[1:3], window, strides)
+  if not is_usual(x.shape[1:3], window, pads):
+    return nn.max_pool(x, window, strides, pads)
+  return _max_pool(x, window, strides, pads)
 
 
 def avg_pool(
@@ -84,7 +87,7 @@ def conv_max_pool(lhs: Array, rhs: Array, window_strides: Sequence[int], padding
   narrow = rhs.ndim == 4 and rhs.shape[2] <= 4 and all(stride == 1 for stride in window_strides)
   if narrow and is_plain(lhs, rhs, **options):
     pads, precision = to_pads(padding, lhs.shape[1:3], rhs.shape[:2], (1, 1)), options.get('precision')
-    if min(output_size(lhs, rhs, pads)) >= 2:
+    if is_usual(lhs.shape[1:3], rhs.shape[:2], pads) and min(output_size(lhs, rhs, pads)) >= 2:
       # Differentiated by JAX, because the platforms do not keep the same arrays for the gradient.
       cpu = functools.partial(_conv_max_pool, pads=pads, precision=precision)
       return lax.platform_dependent(lhs, rhs, cpu=cpu, default=functools.partial(_lax_conv_max_pool, pads, precision))
