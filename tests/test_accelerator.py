@@ -1,15 +1,17 @@
 """The benchmark for accelerators: its parts as rows, its limits of time, and its tables. Its measurements: test_parts."""
 
+import concurrent.futures
 import json
 import subprocess
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import results
-from benchmarks.accelerator import part, run, streamed, tables
-from cnn_jax import UsageError
+from benchmarks.accelerator import correctness, determinism, loop, part, run, step_time, streamed, tables
+from cnn_jax import UsageError, config
 from tests.helpers import call_command
 
 
@@ -83,6 +85,65 @@ def test_an_unknown_part_is_refused():
   done = call_command('benchmarks.accelerator.run', '--parts=all')
   assert done.returncode == 2
   assert "--parts has 'all'" in done.stderr
+
+
+def test_an_unusable_limit_of_a_part_is_refused():
+  for limit in ('0', '-1', 'x'):
+    done = call_command('benchmarks.accelerator.run', f'--parts=loop:{limit}')
+    assert done.returncode == 2
+    assert f"--parts has 'loop:{limit}'" in done.stderr
+
+
+def test_errors_by_hand():
+  zeros, numbers, nan = np.zeros(2), np.array([1.0, -4.0]), np.array([0.0, np.nan])
+  assert part.largest_error([(zeros, zeros), (numbers + 1, numbers)]) == 0.25
+  assert part.largest_error([(numbers, zeros)]) == 4.0  # zeros have no scale
+  for pairs in ([(numbers, numbers), (nan, numbers)], [(nan, numbers), (numbers, numbers)], [(numbers, nan)]):
+    assert np.isnan(part.largest_error(pairs))
+
+
+def test_a_check_of_numbers_that_are_not_finite_fails(tmp_path):
+  rows = part.Rows(tmp_path / 'rows.json', 10)
+  for limit, value in ((0.1, 0.05), (0.1, np.nan), (None, 0.05), (None, np.nan)):
+    correctness._check(rows, 'a check', limit, lambda value=value: value)
+  assert [row['passed'] for row in rows.rows] == [True, False, None, False]
+  assert tables._correctness(rows.rows).count('| nan | ') == 2
+
+
+def test_runs_with_nan_are_not_the_same(tmp_path):
+  files = []
+  for name, last in (('a', 1.0), ('b', np.nan)):
+    files.append(concurrent.futures.Future())
+    np.savez(tmp_path / name, np.ones(3), np.array([last]), np.ones(3), accuracy=0.5)
+    files[-1].set_result(tmp_path / f'{name}.npz')
+  found = determinism._compare(*files)
+  assert not found['same_bits']
+  assert np.isnan(found['difference'])
+
+
+def test_the_loop_fails_if_its_parameters_are_not_finite(monkeypatch):
+  monkeypatch.setattr(loop, 'vary', lambda base, fields: config.vary(base, fields | {'optimizer.learning_rate': 1e30}))
+  with pytest.raises(UsageError, match='the parameters after 8 steps are not finite'):
+    loop.measure('28x28x1, 32-64-128', 8, 8)
+
+
+class _FakePeer:
+  """In place of a process of `step_time`."""
+
+  def __init__(self, **ready):
+    self.ready = ready
+
+  def ask(self, work, steps):
+    return {'ms': 1.0, 'device_mb': 100.0}
+
+
+def test_the_peak_of_memory_is_that_of_training():
+  case, running = step_time.SMALL[0], {'ours': _FakePeer(), 'pytorch': _FakePeer(version='1')}
+  about = {'network': case.network, 'batch': case.batch, 'dtype': case.dtype}
+  rows = [{**about, 'work': work, **step_time._measure(case, running, work)} for work in step_time.WORKS]
+  inference, train = tables._step_time(rows).splitlines()[2:]
+  assert inference.endswith('| - |')
+  assert train.endswith('| 100 / 100 |')
 
 
 def test_tables_of_rows_that_failed_say_why():

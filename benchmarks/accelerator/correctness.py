@@ -226,7 +226,9 @@ def _trained_run(workdir: pathlib.Path, small: bool) -> Run:
 def _check(rows: part.Rows, what: str, limit: float | None, error: Callable[[], float]) -> None:
   def row() -> dict[str, Any]:
     value = error()
-    return {'error_found': value, 'limit': limit, 'passed': None if limit is None else bool(value <= limit)}
+    if limit is None and np.isfinite(value):
+      return {'error_found': value, 'limit': None, 'passed': None}
+    return {'error_found': value, 'limit': limit, 'passed': limit is not None and bool(value <= limit)}
 
   rows.attempt(row, check=what)
 
@@ -242,8 +244,7 @@ def _check_updates(rows: part.Rows, name: str, fields: dict[str, Any], side: int
 
 def _largest(found: Any, expected: Any) -> float:
   """The largest difference of two trees of arrays, relative to the largest number of its array."""
-  pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-  return max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()) for a, b in pairs)
+  return part.largest_error(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
 
 
 if __name__ == '__main__':

@@ -173,9 +173,7 @@ def _compare(
   arrays = [name for name in a.files if name != 'accuracy']
   return {
     'same_bits': all(np.array_equal(a[name], b[name]) for name in arrays),
-    'difference': max(
-      float(np.abs(a[name] - b[name]).max() / np.abs(a[name]).max()) for name in arrays if a[name].size
-    ),
+    'difference': part.largest_error((b[name], a[name]) for name in arrays if a[name].size),
     'accuracy': [float(a['accuracy']), float(b['accuracy'])],
   }
 

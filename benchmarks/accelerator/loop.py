@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.accelerator import part
-from cnn_jax import command, distribute, plan, step, train
+from cnn_jax import UsageError, command, distribute, plan, step, train
 from cnn_jax.config import default_config, vary
 
 NETWORKS = {'28x28x1, 32-64-128': ((28, 28, 1), (32, 64, 128)), '32x32x3, 64-128-256': ((32, 32, 3), (64, 128, 256))}
@@ -97,7 +97,10 @@ def measure(network: str, batch: int, steps: int) -> dict[str, Any]:
     'a call per step, waiting for each': waiting,
   }
   after = {name: jax.device_get(way(_copy(made.state)).params) for name, way in list(ways.items())[:2]}
-  difference = max(float(np.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, after.values()), strict=True))
+  pairs = zip(*map(jax.tree.leaves, after.values()), strict=True)
+  difference = float(np.max([np.abs(a - b).max() for a, b in pairs]))
+  if not np.isfinite(difference):
+    raise UsageError(f'the parameters after {steps} steps are not finite.')
   times = peers.interleave(lambda name, _: _milliseconds(ways[name], made.state, steps), ways, 5, what=network)
   overhead = [1e3 * (a - b) for a, b in zip(times['one call'], times['one call, fixed number'], strict=True)]
   return {

@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import numpy as np
 
 from cnn_jax import UsageError, command
 from cnn_jax.files import write_atomically
@@ -65,6 +67,22 @@ def parser(doc: str) -> command.Parser:
   made.add_argument('--seconds', type=float, default=60, help='that the part may take (%(default)s)')
   made.add_argument('--small', action='store_true', help='reduced sizes, for a CPU')
   return made
+
+
+def largest_error(pairs: Iterable[tuple[Any, Any]]) -> float:
+  """The largest difference of two arrays, relative to the largest number of the second unless that is zero.
+
+  Args:
+    pairs: of arrays, none of them empty.
+
+  Returns:
+    NaN if any of the numbers is NaN, which the `max` of Python may pass over.
+  """
+  errors = []
+  for a, b in pairs:
+    found, expected = np.asarray(a), np.asarray(b)
+    errors.append(float(np.abs(found - expected).max()) / (float(np.abs(expected).max()) or 1.0))
+  return float(np.max(errors))
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

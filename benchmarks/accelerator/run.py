@@ -99,8 +99,9 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   asked = dict(word.partition(':')[::2] for word in args.parts.split(',') if word)
   for name, limit in asked.items():
-    if name not in PARTS or (limit and not limit.isdecimal()):
-      parser.error(f'--parts has {name!r}; the parts are {", ".join(PARTS)}, each with :SECONDS if wanted')
+    if name not in PARTS or (limit and not (limit.isdecimal() and int(limit))):
+      word = f'{name}:{limit}' if limit else name
+      parser.error(f'--parts has {word!r}; the parts are {", ".join(PARTS)}, each with :SECONDS above 0 if wanted')
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # several processes share the device
   with tempfile.TemporaryDirectory() as directory:
     place = pathlib.Path(directory)

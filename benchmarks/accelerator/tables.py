@@ -105,7 +105,7 @@ def _step_time(rows: Sequence[Mapping[str, Any]]) -> str:
       *(peers.show(row['ms'].get(name), 2) for name in names),
       *(_number(row['images_per_second'].get(name), 0) for name in names),
       *(_number(row['speedup'].get(name), 2) for name in names[1:]),
-      ' / '.join(_number(row['device_mb'].get(name), 0) for name in names),
+      ' / '.join(_number(row['device_mb'].get(name), 0) for name in names) if 'device_mb' in row else '-',
     ])  # fmt: skip
   return markdown(header, cells)
 
