@@ -41,6 +41,12 @@ def parser(doc: str) -> command.Parser:
   return made
 
 
+def cpu(environment: Mapping[str, Any]) -> str:
+  """The cores that an environment.json describes, in words."""
+  cores = environment['cpu_cores']
+  return f'{cores} {"core" if cores == 1 else "cores"} of {environment["cpu"]}'
+
+
 def describe(versions: Mapping[str, str] | None = None, **fields: Any) -> dict[str, Any]:
   """The results that this process measured, with the command, the hardware, the versions and the commit.
 
@@ -51,12 +57,11 @@ def describe(versions: Mapping[str, str] | None = None, **fields: Any) -> dict[s
   with tempfile.TemporaryDirectory() as directory:
     record.write_environment(directory)
     environment = json.loads((pathlib.Path(directory) / 'environment.json').read_text())
-  cpu = f'{environment["cpu_cores"]} cores of {environment["cpu"]}'
-  device = f'{environment["num_devices"]} x {environment["device_kind"]}, '
+  cores, device = cpu(environment), f'{environment["num_devices"]} x {environment["device_kind"]}, '
   git = environment['git']
   return {
     'command': shlex.join(['python', *(re.sub('=/.*', '=PATH', argument) for argument in sys.orig_argv[1:])]),
-    'hardware': cpu if environment['backend'] == 'cpu' else device + cpu,
+    'hardware': cores if environment['backend'] == 'cpu' else device + cores,
     'versions': {name: environment['versions'][name] for name in ('python', 'jax', 'flax')} | dict(versions or {}),
     'commit': git and git['commit'][:7] + (' with changes' if git['dirty'] else ''),
     'load_average': os.getloadavg()[2],  # over 15 minutes

@@ -87,7 +87,7 @@ def provenance(workdir: Path) -> dict[str, Any]:
 def hardware(environment: Mapping[str, Any]) -> str:
   """The machine that an environment.json describes, in words."""
   if environment['backend'] == 'cpu':
-    return f'{environment["cpu_cores"]} cores of {environment["cpu"]}'
+    return results.cpu(environment)
   return f'{environment["num_devices"]} {environment["device_kind"]} ({environment["backend"]})'
 
 

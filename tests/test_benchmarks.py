@@ -65,6 +65,11 @@ def test_a_folder_that_does_not_exist_is_found_before_the_measurement(tmp_path):
   assert len(done.stderr.splitlines()) == 1
 
 
+def test_hardware_in_words():
+  assert results.cpu({'cpu': 'an Abacus', 'cpu_cores': 1}) == '1 core of an Abacus'
+  assert results.cpu({'cpu': 'an Abacus', 'cpu_cores': 2}) == '2 cores of an Abacus'
+
+
 # Peers ------------------------------------------------------------------------------------------
 
 
