@@ -41,6 +41,22 @@ def parser(doc: str) -> command.Parser:
   return made
 
 
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+  """Checks numbers that count something, before the work that would fail late without them.
+
+  Args:
+    args: of the command.
+    names: of arguments; one that is None was not given.
+
+  Raises:
+    UsageError: one is less than 1.
+  """
+  for name in names:
+    count = getattr(args, name)
+    if count is not None and count < 1:
+      raise UsageError(f'--{name} is {count}; it must be at least 1.')
+
+
 def cpu(environment: Mapping[str, Any]) -> str:
   """The cores that an environment.json describes, in words."""
   cores = environment['cpu_cores']

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.results import check_counts
 from cnn_jax import UsageError, command, record, workdirs
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, Split
@@ -52,11 +53,10 @@ def parse(made: command.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace
     The arguments, with the whole `command` for the record, and those left over, which are overrides of the config.
 
   Raises:
-    UsageError: an argument is wrong, or there are no seeds.
+    UsageError: an argument is wrong, or there are no seeds, or no epochs to select after.
   """
   args, overrides = made.parse_known_args(argv)
-  if args.seeds < 1:
-    raise UsageError(f'--seeds is {args.seeds}; it must be at least 1.')
+  check_counts(args, 'seeds', *(['select'] if hasattr(args, 'select') else []))
   args.command = f'{made.prog} {shlex.join(argv)}'
   return args, overrides
 
@@ -147,7 +147,7 @@ def select(
 ) -> dict[str, Any]:
   """Trains candidates for `args.select` epochs and compares them on validation; the test split is never evaluated.
 
-  The warm-up of the config is shortened in proportion.
+  The warm-up of the config is shortened in proportion, unless a candidate has one of its own.
 
   Args:
     config: with a validation split.
@@ -157,7 +157,11 @@ def select(
 
   Returns:
     The field `selection` of results.json.
+
+  Raises:
+    UsageError: there is no validation split.
   """
+  check_validation(dataset)
   warmup = config.schedule.warmup_epochs * args.select / config.epochs
   workdir = args.workdir / f'select_{args.select}_epochs'
   measured = []
@@ -176,6 +180,16 @@ def select(
     'candidates': measured,
     **results.provenance(workdir),
   }
+
+
+def check_validation(dataset: Dataset) -> None:
+  """Checks that there are images to validate on, which some experiments need after the training.
+
+  Raises:
+    UsageError: there are none.
+  """
+  if not len(dataset.validation):
+    raise UsageError(f'{dataset.name} has no validation images; set config.data.validation above 0.')
 
 
 def selection_table(selection: Mapping[str, Any]) -> str:

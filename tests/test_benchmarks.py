@@ -70,6 +70,21 @@ def test_hardware_in_words():
   assert results.cpu({'cpu': 'an Abacus', 'cpu_cores': 2}) == '2 cores of an Abacus'
 
 
+@pytest.mark.parametrize(
+  ('name', 'arguments'),
+  [
+    ('cifar10_speedrun', ['--seeds=0']),
+    ('mnist_speedrun', ['--seeds=0']),
+    ('fine_tuning', ['--data_dir=none', '--seeds=0']),
+    ('fine_tuning', ['--data_dir=none', '--slow_seeds=0']),
+  ],
+)
+def test_no_runs_are_refused_at_the_start(name, arguments):
+  done = call_command(f'benchmarks.{name}.run', *arguments)
+  assert done.returncode == 2
+  assert done.stderr == f'error: {arguments[-1].partition("=")[0]} is 0; it must be at least 1.\n'
+
+
 # Peers ------------------------------------------------------------------------------------------
 
 

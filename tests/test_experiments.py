@@ -84,6 +84,26 @@ def test_candidates_are_compared_without_the_test(
   assert selection['candidates'][0]['validation_accuracy']['values'] == [result['validation_accuracy']]
 
 
+@pytest.mark.parametrize('module', [mnist_accuracy, small_model], ids=lambda module: module.__name__)
+@pytest.mark.parametrize('argument', ['--select=0', '--select=-2', '--seeds=0'])
+def test_less_than_one_epoch_or_run_is_refused(module, argument):
+  done = call_command(module.__name__, *QUICK, argument)
+  name, _, value = argument.partition('=')
+  assert (done.returncode, done.stderr) == (2, f'error: {name} is {value}; it must be at least 1.\n')
+
+
+@pytest.mark.parametrize(
+  ('module', 'arguments'), [(small_model, []), (small_model, ['--select=1']), (mnist_accuracy, ['--select=1'])]
+)
+def test_an_experiment_without_the_validation_that_it_needs_is_refused(module, arguments, tmp_path):
+  workdir = f'--workdir={tmp_path / "runs"}'
+  done = call_command(module.__name__, *QUICK, '--config.data.validation=0.0', '--seeds=1', workdir, *arguments)
+  assert done.returncode == 2
+  assert 'has no validation images; set config.data.validation above 0.' in done.stderr
+  assert len(done.stderr.splitlines()) == 1
+  assert not (tmp_path / 'runs').exists()
+
+
 def test_the_sweeps_select_on_validation(tmp_path):
   pytest.importorskip('optuna')
   more = ['--trials=2', '--seeds=1', f'--workdir={tmp_path / "runs"}', f'--output={tmp_path / "output"}']

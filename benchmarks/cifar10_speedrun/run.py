@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
   which.add_argument('--ablate', action='store_true', help='also leave out each ingredient')
   which.add_argument('--quarter', action='store_true', help='a quarter of the width, beside SGD')
   args, overrides = parser.parse_known_args(argv)
+  results.check_counts(args, 'seeds')
   config = config_lib.load(f'{CONFIG}:96' if args.accurate else str(CONFIG), overrides)
   config = config_lib.vary(config, QUARTER) if args.quarter else config
   variants = ABLATIONS if args.ablate else {SGD: ABLATIONS[SGD]} if args.quarter else {}

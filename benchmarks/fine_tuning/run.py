@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--held_out', type=int, help='how many of the folds are held out in turn (all)')
   parser.add_argument('--workdir', type=Path, default=Path('runs/fine_tuning'), help='must not exist (%(default)s)')
   args, overrides = parser.parse_known_args(argv)
+  results.check_counts(args, 'seeds', 'slow_seeds')
   ways = args.ways.split(',')
   if unknown := set(ways) - {*WAYS, PYTORCH}:
     parser.error(f'--ways has {unknown.pop()!r}; the ways are: {", ".join((*WAYS, PYTORCH))}')

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--pytorch_python', help='an interpreter with PyTorch; without it, ours is measured alone')
   parser.add_argument('--select', action='store_true', help='hold out a sixth of the training images and test on them')
   args, overrides = parser.parse_known_args(argv)
+  results.check_counts(args, 'seeds')
   fields = RECIPE | ({'data.validation': 1 / 6} if args.select else {})
   config = config_lib.override(config_lib.vary(config_lib.default_config(), fields), overrides)
   peers.check_pytorch(args.pytorch_python)

@@ -91,10 +91,8 @@ def main(argv: Sequence[str]) -> None:
   study.add_select(parser)
   parser.add_argument('--longer', action='store_true', help='a wider network, trained for longer')
   args, overrides = study.parse(parser, argv)
-  config = config_lib.load(CONFIG)
-  config = config_lib.override(config_lib.vary(config, LONGER) if args.longer else config, overrides)
-  if args.select:
-    config = config_lib.vary(config, {'data.validation': 1 / 6})
+  fields = (LONGER if args.longer else {}) | ({'data.validation': 1 / 6} if args.select else {})
+  config = config_lib.override(config_lib.vary(config_lib.load(CONFIG), fields), overrides)
   command.prepare_backend()
   dataset = load_dataset(config.data)
   if args.select:

@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     args.workdir /= 'longer'
     results.publish({'longer': mnist_accuracy.measure(config, args, dataset)}, tables, args.output)
     return
+  study.check_validation(dataset)  # the figure shows it
   args.workdir /= 'chosen'
   runs = study.train_seeds(config, args.workdir, args.seeds, dataset)
   found = study.found(
