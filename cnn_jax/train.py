@@ -55,11 +55,15 @@ def compile_steps(step: Callable, seed: int, *, sharded: bool = False) -> Callab
     `metrics` holds float32 (steps,) of each of `train_step`'s. The state is donated.
   """
   # An argument and not a constant, so that all seeds of a config share one compiled program.
-  return partial(_compiled(step, sharded), np.asarray(jax.random.key_data(jax.random.key(seed))))
+  return partial(compile_for_seeds(step, sharded), np.asarray(jax.random.key_data(jax.random.key(seed))))
 
 
 @functools.lru_cache(1)  # for seeds that follow one another
-def _compiled(step: Callable, sharded: bool) -> Callable:
+def compile_for_seeds(step: Callable, sharded: bool) -> Callable:
+  """`compile_steps` for all seeds: the result takes the data of a seed's key, uint32 (2,), before the state.
+
+  The last result alone is kept here. A caller that alternates between steps must hold the result of each.
+  """
   # The axis name ties the collectives and batch norm to this call.
   return jax.pmap(
     partial(take_steps, step),
