@@ -207,20 +207,6 @@ def test_cifar10_speedrun_to_96(tmp_path):
   assert 0.2 < row['accuracy']['mean'] < 1
 
 
-def test_cifar10_speedrun_reads_arrays(tmp_path):
-  file = tmp_path / 'images.npz'
-  arrays = {
-    f'{name}_{what}': np.arange(4, dtype=np.uint8) for name in ('train', 'test') for what in ('images', 'labels')
-  }
-  np.savez(file, **arrays)
-  assert [len(split) for split in (cifar10_speedrun.read(file).train, cifar10_speedrun.read(file).test)] == [4, 4]
-  np.savez(file, **{name: array for name, array in arrays.items() if name != 'test_labels'})
-  with pytest.raises(UsageError, match='test_labels.* it must hold images and labels of both splits'):
-    cifar10_speedrun.read(file)
-  with pytest.raises(UsageError, match='cannot read .*nothing.npz'):
-    cifar10_speedrun.read(tmp_path / 'nothing.npz')
-
-
 @pytest.fixture
 def photographs(tmp_path):
   """A folder of four classes: eight training and two test pictures of each."""

@@ -77,6 +77,9 @@ def main(argv: Sequence[str]) -> None:
   configs = {RECIPE: config} | {name: config_lib.vary(config, fields) for name, fields in variants.items()}
   command.prepare_backend()
   dataset = read(args.data) if args.data else load_dataset(config.data)
+  for one in configs.values():
+    config_lib.check_data(one, len(dataset.train), len(dataset.class_names), dataset.train.images.shape[1:])
+    config_lib.check_devices(one, jax.device_count())
   with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles all recipes at the same time
     prepared = dict(zip(configs, pool.map(partial(prepare, dataset=dataset), configs.values()), strict=True))
   runs = peers.interleave(
@@ -148,21 +151,31 @@ def read(path: str) -> Dataset:
   """The data of a file of NumPy arrays, as an alternative to the prepared TFDS set.
 
   Args:
-    path: of an `.npz` with `train_images` and `test_images`, uint8 (n, 32, 32, 3), and `train_labels` and `test_labels`.
+    path: of an `.npz` with `train_images` and `test_images`, uint8 (n, height, width, 1 or 3), and with `train_labels`
+      and `test_labels`, integers (n,).
 
   Raises:
-    UsageError: the file is missing, or one of the arrays.
+    UsageError: the file is missing, or one of the arrays, or it has another dtype or shape, or a label is negative.
   """
   try:
     with np.load(path, allow_pickle=False) as arrays:
-      train_split, test = (
-        Split(arrays[f'{name}_images'], arrays[f'{name}_labels'].astype(np.int32)) for name in ('train', 'test')
-      )
+      train_split, test = (_split(arrays, name) for name in ('train', 'test'))
   except (OSError, KeyError, ValueError) as error:
     raise UsageError(f'cannot read {path}: {error}; it must hold images and labels of both splits.') from error
   names = tuple(map(str, range(int(train_split.labels.max()) + 1)))
   nothing = Split(train_split.images[:0], train_split.labels[:0])
   return Dataset(pathlib.Path(path).stem, path, names, train_split, nothing, test)
+
+
+def _split(arrays: Mapping[str, np.ndarray], name: str) -> Split:
+  images, labels = (arrays[f'{name}_{what}'] for what in ('images', 'labels'))
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
+    raise ValueError(f'{name}_images are {images.dtype} {images.shape} and not uint8 (n, height, width, 1 or 3)')
+  if labels.dtype.kind not in 'iu' or labels.shape != images.shape[:1] or labels.min() < 0:
+    raise ValueError(
+      f'{name}_labels are {labels.dtype} {labels.shape} and not integers of at least 0, ({len(images)},)'
+    )
+  return Split(images, labels.astype(np.int32))
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks import peers, results
-from cnn_jax import command, distribute, evaluate, plan, train
+from cnn_jax import UsageError, command, distribute, evaluate, plan, train
 from cnn_jax import config as config_lib
 from cnn_jax.data import Dataset, Split, feed, load_dataset
 from cnn_jax.state import TrainState, eval_variables
@@ -35,6 +35,13 @@ RECIPE = {
   'schedule.warmup_epochs': 0.2,
   'loss.label_smoothing': 0.1,
 }
+# The fields that both programs read, directly or as the data that they get.
+_SHARED = {
+  'batch_size', 'epochs', 'data.source', 'data.name', 'data.dir', 'data.image_size', 'data.channels', 'data.validation',
+  'data.test', 'data.split_seed', 'model.features', 'model.kernel_size', 'model.norm_momentum', 'model.aggregate',
+  'optimizer.learning_rate', 'optimizer.momentum', 'optimizer.nesterov', 'optimizer.weight_decay',
+  'schedule.warmup_epochs', 'schedule.end', 'loss.label_smoothing',
+}  # fmt: skip
 PROGRAMS = {'ours': 'ours', 'pytorch': 'PyTorch'}
 
 
@@ -50,8 +57,12 @@ def main(argv: Sequence[str]) -> None:
   fields = RECIPE | ({'data.validation': 1 / 6} if args.select else {})
   config = config_lib.override(config_lib.vary(config_lib.default_config(), fields), overrides)
   peers.check_pytorch(args.pytorch_python)
+  if args.pytorch_python:
+    check_peer(config)
   command.prepare_backend()
   dataset = load_dataset(config.data)
+  config_lib.check_data(config, len(dataset.train), len(dataset.class_names), dataset.train.images.shape[1:])
+  config_lib.check_devices(config, jax.device_count())
   split = dataset.validation if args.select else dataset.test
   versions, peer = {}, None
   with contextlib.ExitStack() as stack:
@@ -82,6 +93,20 @@ def main(argv: Sequence[str]) -> None:
     ratio=peers.spread(_ratios(seconds)) if 'pytorch' in seconds else None,
   )
   results.publish(found, tables(found), args.json)
+
+
+def check_peer(config: Any) -> None:
+  """Checks that the fields that the PyTorch program does not read are those of the recipe.
+
+  Raises:
+    UsageError: names the first that is not.
+  """
+  recipe = dict(config_lib.leaves(config_lib.vary(config_lib.default_config(), RECIPE)))
+  for field, value in config_lib.leaves(config):
+    if field not in _SHARED and value != recipe.get(field):
+      raise UsageError(
+        f'config.{field} is {value!r}, but the PyTorch program does not read it; leave it out, or --pytorch_python.'
+      )
 
 
 def run_ours(config: Any, dataset: Dataset, split: Split, seed: int) -> dict[str, float]:

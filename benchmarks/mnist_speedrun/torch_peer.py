@@ -53,8 +53,9 @@ def train(
   total, step = per_epoch * config['epochs'], 0
   model.train()
   started = time.perf_counter()
+  random = np.random.default_rng(seed)  # of all epochs, so that each has another order
   for _ in range(config['epochs']):
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images))).to(images.device)
+    order = torch.from_numpy(random.permutation(len(images))).to(images.device)
     for first in range(0, per_epoch * batch_size, batch_size):
       batch = order[first : first + batch_size]
       rate = learning_rate(config, step, total, per_epoch)
