@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cnn_jax import models
-from tests.devices_worker import SHALLOW, SIZES, THOROUGH
+from tests.devices_worker import SHALLOW, SIZES, SPEED, THOROUGH
 from tests.helpers import run_command
 
 
@@ -23,14 +23,14 @@ def _results(directory, networks):
   return found
 
 
-def _check_steps(runs, network, steps, smallest):
+def _check_steps(runs, network, steps, smallest, tolerance=1e-5):
   """Compares states and metrics; arrays whose numbers are all below `smallest` are compared to that."""
   one, eight = runs[1], runs[8]
   names = [name for name in one if name.startswith(f'{network}/state')]
   assert any('ema' in name for name in names)
   for name in names:
     scale = max(np.abs(one[name]).max(), smallest)
-    assert np.abs(one[name] - eight[name]).max() <= 1e-5 * scale, name
+    assert np.abs(one[name] - eight[name]).max() <= tolerance * scale, name
   assert one[f'{network}/state.step'] == steps
   for name in ('loss', 'learning_rate', 'gradient_norm', 'parameter_norm', 'update_norm'):
     np.testing.assert_allclose(one[f'{network}/measured/{name}'], eight[f'{network}/measured/{name}'], rtol=1e-4)
@@ -39,12 +39,17 @@ def _check_steps(runs, network, steps, smallest):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  return _results(tmp_path_factory.mktemp('devices'), SHALLOW)
+  return _results(tmp_path_factory.mktemp('devices'), [*SHALLOW, SPEED])
 
 
 @pytest.mark.parametrize('network', SHALLOW)
 def test_eight_devices_take_the_steps_of_one(runs, network):
   _check_steps(runs, network, 12, smallest=1e-3)
+
+
+def test_eight_devices_take_the_steps_of_one_with_the_speed_recipe(runs):
+  _check_steps(runs, SPEED, 3, smallest=1e-2, tolerance=2e-4)
+  assert runs[8][f'{SPEED}/measured/gradient_norm'] > 10  # of a sum and not of a mean
 
 
 @pytest.mark.faults
