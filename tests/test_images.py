@@ -58,16 +58,41 @@ def test_integers_beyond_sixteen_bits_are_an_error():
     load_image(encoded(np.array([[0, 70000]], np.int32), 'TIFF'), name='big.tif')
 
 
-@pytest.mark.parametrize(('levels', 'expected'), [([0, 0.2, 1], [0, 51, 255]), ([0, 99.6, 255], [0, 100, 255])])
+@pytest.mark.parametrize(
+  ('levels', 'expected'),
+  [
+    ([0, 0.2, 1], [0, 51, 255]),
+    ([0, 0.2, 1.003], [0, 51, 255]),
+    ([-0.2, 0.2, 1.25], [0, 51, 255]),
+    ([-1e-7, 0.2, 0.4], [0, 51, 102]),
+    ([0, 99.6, 255], [0, 100, 255]),
+    ([0, 1, 16], [0, 1, 16]),
+    ([0, 0, 0], [0, 0, 0]),
+  ],
+)
 def test_floats_are_fractions_or_levels(levels, expected):
   array = load_image(encoded(np.array([levels], np.float32), 'TIFF'))
   np.testing.assert_array_equal(array[0, :, 0], expected)
 
 
-@pytest.mark.parametrize('levels', [[-1, 1], [0, 300], [0, np.nan]])
-def test_other_floats_are_an_error(levels):
-  with pytest.raises(UsageError, match='levels'):
-    load_image(encoded(np.array([levels], np.float32), 'TIFF'))
+@pytest.mark.parametrize('filter', [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize('size', [16, 50, 65, 100, 500])
+def test_resampled_fractions_keep_their_scale(filter, size):
+  corner = np.zeros((64, 64), np.float32)
+  corner[32:, 32:] = 1
+  resampled = Image.fromarray(corner).resize((size, size), filter)
+  expected = np.rint(np.clip(np.asarray(resampled), 0, 1) * 255)
+  np.testing.assert_array_equal(load_image(encoded(resampled, 'TIFF'))[..., 0], expected)
+
+
+@pytest.mark.parametrize(
+  'levels', [[-1, 1], [0, 1.3], [0, 2], [-2.1, 2.6], [0, 15.9], [-0.3, 0.9], [-3, 200], [0, 300], [0, np.nan], [0, np.inf],
+             [-np.inf, 1], [np.nan, np.nan]],
+)  # fmt: skip
+def test_floats_of_another_or_an_unknown_range_are_an_error(levels):
+  with pytest.raises(UsageError, match=r'^x\.tif has floats from .*; scale them') as error:
+    load_image(encoded(np.array([levels], np.float32), 'TIFF'), name='x.tif')
+  assert '\n' not in str(error.value)
 
 
 def test_one_bit_becomes_black_and_white():

@@ -93,7 +93,7 @@ def test_a_full_disk_and_a_missing_home_are_no_errors(monkeypatch):
 def test_indexes_and_decoded_copies_share_their_room(monkeypatch):
   first, second = Index('/first', [], ''), Index('/second', [], '')
   first.write(**ARRAYS)
-  copy = files.cache_dir() / 'decoded-v2-x-y'
+  copy = files.cache_dir() / f'decoded-v{cache._VERSION}-x-y'
   copy.write_bytes(bytes(2000))
   os.utime(copy, (1, 1))
   monkeypatch.setattr(cache, 'MAX_BYTES', 3000)

@@ -26,7 +26,7 @@ from cnn_jax.progress import Line
 MAX_BYTES = 20 * 2**30  # of all copies; less on a disk of under ten times as much
 SILENT_SECONDS = 30.0  # after which a process that decodes but shows no sign of life is not waited for
 RESIDENT_BYTES = 2**29  # larger arrays of a copy stay in its file, whose pages the system keeps in memory if it can
-_VERSION = 2
+_VERSION = 3  # of the form, and of the rules by which pixels are read
 _PIECE = 2**20  # bytes of an array that are read or written at a time, which fit into the processor's cache
 _MAX_HEADER_BYTES = 2**28
 _DAY = 86_400.0
