@@ -4,6 +4,7 @@ import importlib
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -111,6 +112,53 @@ def test_transparency_is_laid_on_white():
   keyed = load_image(encoded(Image.fromarray(RGB), transparency=tuple(int(v) for v in RGB[2, 3])))
   np.testing.assert_array_equal(keyed[2, 3], (255, 255, 255))
   np.testing.assert_array_equal(keyed[0, 0], RGB[0, 0])
+
+
+def _png(rows, depth, key=None, colour=False):
+  """A PNG of rows of packed levels, with a transparent level or colour."""
+
+  def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+  width = 8 * len(rows[0]) // (depth * (3 if colour else 1))
+  header = struct.pack('>IIBBBBB', width, len(rows), depth, 2 if colour else 0, 0, 0, 0)
+  keyed = b'' if key is None else chunk(b'tRNS', struct.pack(f'>{len(key)}H', *key))
+  data = chunk(b'IDAT', zlib.compress(b''.join(b'\0' + row for row in rows)))
+  return io.BytesIO(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + keyed + data + chunk(b'IEND', b''))
+
+
+@pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
+def test_a_transparent_level_is_laid_on_white_whatever_the_depth(depth):
+  highest = 2**depth - 1
+  levels = sorted({0, 1, highest // 3, highest // 2, highest})
+  levels += [0] * (-len(levels) % 8)  # whole bytes
+  packed = int(''.join(f'{level:0{depth}b}' for level in levels), 2).to_bytes(depth * len(levels) // 8)
+  for key in levels:
+    array = load_image(_png([packed], depth, [key]))
+    expected = [255 if level == key else np.rint(level * 255 / highest) for level in levels]
+    assert array.shape == (1, 8, 1)
+    np.testing.assert_array_equal(array[0, :, 0], expected)
+    np.testing.assert_array_equal(load_image(_png([packed], depth, [key]), channels=3)[0, :, 2], expected)
+
+
+@pytest.mark.parametrize('bits', [16, 12])
+def test_a_transparent_colour_of_sixteen_bits_is_compared_by_both_bytes(bits):
+  key = (0x0102, 0x0304, 0x0506)
+  others = [(0x0102, 0x0304, 0x0507), (0x0202, 0x0304, 0x0506), (2, 4, 6), (0x0202, 0x0404, 0x0606)]
+  colours = np.array([key, *others, [2**bits - 1] * 3], '>u2')
+  array = images.read_image(_png([colours.tobytes()], 16, key, colour=True), bit_depth=bits)
+  assert array.bits == bits
+  assert (array.pixels[0, 0] == 255).all()
+  np.testing.assert_allclose(array.pixels[0, 1:], colours[1:] * (255 / (2**bits - 1)), atol=1)
+
+
+@pytest.mark.parametrize('colour', [False, True])
+def test_a_transparent_level_does_not_count_for_the_range(colour):
+  key = [65535] * (3 if colour else 1)
+  levels = np.array([[0] * len(key), [4095] * len(key), key], '>u2')
+  picture = images.read_image(_png([levels.tobytes()], 16, key, colour=colour), bit_depth=12)
+  assert picture.bits == 12
+  np.testing.assert_array_equal(picture.pixels[0, :, 0], (0, 255, 255))
 
 
 def test_a_palette_is_looked_up():

@@ -21,6 +21,11 @@ def is_deep(image: Image.Image) -> bool:
   return image.mode.startswith('I') or any(';16' in _raw_mode(tile) for tile in getattr(image, 'tile', ()))
 
 
+def is_grey_alpha(image: Image.Image) -> bool:
+  """Whether an image that was opened but not loaded has 16-bit grey levels and an alpha, which Pillow loads as RGBA."""
+  return any(_raw_mode(tile).startswith('LA;16') for tile in getattr(image, 'tile', ()))
+
+
 def declared_bits(image: Image.Image) -> int:
   """The bits per level of a TIFF that stores 12 as 12; 0 for other files."""
   return 12 if getattr(image, 'tag_v2', {}).get(258) == (12,) else 0

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from cnn_jax import UsageError, files
-from cnn_jax.data import depth, jpeg, kinds, repair
+from cnn_jax.data import depth, jpeg, kinds, repair, transparent
 
 # Raster formats that Pillow decodes by itself. EPS and PDF are left out because they start other programs.
 IMAGE_FORMATS = ('PNG', 'JPEG', 'GIF', 'BMP', 'TIFF', 'WEBP', 'PPM', 'TGA', 'JPEG2000') + (
@@ -251,7 +251,8 @@ def _read(stream: IO[bytes], size: int | tuple[int, int], channels: int, resize:
       raise Image.DecompressionBombError
     if opened.format == 'TGA' and _other_kind(stream, start):  # a TGA has no signature
       raise Image.UnidentifiedImageError
-    deep = depth.is_deep(opened)
+    deep, grey_alpha = depth.is_deep(opened), depth.is_grey_alpha(opened)
+    transparent.scale_key(opened)
     if opened.format in jpeg.FORMATS:
       pixels = jpeg.load(opened, stream, start, _pair(size) if size else None)
     else:
@@ -259,7 +260,14 @@ def _read(stream: IO[bytes], size: int | tuple[int, int], channels: int, resize:
       pixels = opened
     image, bits = _upright(pixels, opened), 0
     if deep:
+      clear = None
+      if transparent.is_keyed(image):
+        image, clear = transparent.cut_out(image, None if image.mode[0] == 'I' else _lower_bytes(stream, start))
       image, bits = _shallow(image, depth.declared_bits(opened), bit_depth, stream, start)
+      if grey_alpha:
+        image = image.convert('LA')  # Pillow reads it as colour
+      if clear is not None:
+        image.paste('white', mask=clear)
     image = _grey_or_rgb(image, channels)
     cut = 0.0
     if size:
@@ -299,14 +307,18 @@ def _shallow(
     return depth.scale_grey(image, bits), needed
   if bits == 16:  # the upper bytes are the levels
     return image, needed
+  return depth.scale_colour(image, _lower_bytes(stream, start), bits), needed
+
+
+def _lower_bytes(stream: IO[bytes], start: int) -> np.ndarray:
+  """uint8 (H, W, C), the lower bytes of 16-bit colours; see `depth.take_lower_bytes`."""
   stream.seek(start)
   with Image.open(stream, formats=IMAGE_FORMATS) as opened:
     channels = depth.take_lower_bytes(opened)
     if channels is None:
-      raise _RefusedError(f'has levels of {bits} bits in 16 in a form that cannot be scaled', 'convert it to 8 bits')
+      raise _RefusedError('has levels of 16 bits in a form that cannot be scaled', 'convert it to 8 bits')
     opened.load()
-    lower = np.asarray(_upright(opened, opened))[..., channels]
-  return depth.scale_colour(image, lower, bits), needed
+    return np.asarray(_upright(opened, opened))[..., channels]
 
 
 def _cut_share(size: tuple[int, int], height: int, width: int) -> float:
@@ -335,33 +347,16 @@ def _grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
   """Converts to mode L or RGB by the policies at the top."""
   if image.mode == 'F':
     image = _from_floats(np.asarray(image))
-  elif 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
-    image = _on_white(image)
+  elif 'A' in image.mode or 'a' in image.mode or transparent.is_keyed(image):
+    image = transparent.on_white(image)
   if image.mode == '1':
     image = image.convert('L')
   elif image.mode == 'P':
-    image = _without_colour(image.convert('RGB'))
+    image = transparent.without_colour(image.convert('RGB'))
   elif image.mode not in ('L', 'RGB'):
     image = image.convert('RGB')
   mode = {0: image.mode, 1: 'L', 3: 'RGB'}[channels]
   return image if image.mode == mode else image.convert(mode)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-  grey = image.mode in ('LA', 'La', 'L', '1')
-  indexed = image.mode in ('P', 'PA')
-  image = image.convert('RGBA')
-  white = Image.new('RGBA', image.size, 'white')
-  image = Image.alpha_composite(white, image).convert('RGB')
-  # The three channels of a grey image are equal, so any of them is exact.
-  return image.getchannel(0) if grey else _without_colour(image) if indexed else image
-
-
-def _without_colour(image: Image.Image) -> Image.Image:
-  """Converts RGB to L if that loses nothing, as for a palette of greys."""
-  array = np.asarray(image)
-  equal = np.array_equal(array[..., 0], array[..., 1]) and np.array_equal(array[..., 0], array[..., 2])
-  return image.getchannel(0) if equal else image
 
 
 def _from_floats(levels: np.ndarray) -> Image.Image:

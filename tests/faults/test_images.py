@@ -215,8 +215,13 @@ def test_levels_of_any_depth_become_the_same_pixels(channels, bits):
     levels[..., -1] = 65535
   read = read_image(io.BytesIO(png16(levels)), bit_depth=bits)
   assert read.bits == bits
-  expected = {1: eight, 2: eight[..., [0, 0, 0]], 3: eight, 4: eight[..., :3]}[channels]
+  expected = {1: eight, 2: eight[..., :1], 3: eight, 4: eight[..., :3]}[channels]
   np.testing.assert_allclose(read.pixels.astype(int), expected, atol=1)
+
+
+def test_an_alpha_of_16_bits_lays_grey_on_white():
+  levels = np.array([[[0, 0], [0, 32768], [0, 65535], [65535, 65535]]])
+  np.testing.assert_array_equal(read_image(io.BytesIO(png16(levels))).pixels, [[[255], [127], [0], [255]]])
 
 
 def test_a_tiff_of_16_bit_colours_is_scaled_too():
