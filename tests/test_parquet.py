@@ -44,6 +44,7 @@ def test_a_parquet_table_holds_names_or_numbers(pictures, labels, classes):
   )
   dataset = _table(pictures, columns)
   assert dataset.class_names == classes
+  assert any("labels.parquet that are not used: 'extra'." in note for note in dataset.notes)
   assert len(dataset.train) + len(dataset.validation) + len(dataset.test) == 24 - split.count('test')
 
 
@@ -66,6 +67,7 @@ PATHS = [f'{i}.png' for i in range(24)]
   [
     ({'x': PATHS, 'label': PATHS}, r"no column for the path in its header \('x', 'label'\)"),
     ({'path': PATHS, 'Path': PATHS, 'label': PATHS}, "columns 'path' and 'Path', either of which"),
+    ({'path': PATHS, 'label': ['a', 'b'] * 12, 'is_test': [True, False] * 12}, "column 'is_test', which may state the spl"),
     ({'image': [{'bytes': b'', 'path': 'x'}] * 24, 'label': PATHS}, "holds struct<.*> in its column 'image'; write text"),
     ({'path': PATHS, 'label': [[1]] * 24}, "holds list<.*> in its column 'label'"),
     ({'path': [b'x'] * 24, 'label': PATHS}, "holds binary in its column 'path'"),

@@ -97,6 +97,31 @@ def test_rows_that_are_not_used_are_noted(pictures):
 
 
 @pytest.mark.parametrize(
+  'name',
+  ['is_test', 'is_valid', 'isvalid', 'is_validation', 'is_train', 'isTrain', 'Is Training Image', 'test', 'Valid', 'dev',
+   'train_or_test', 'in_test_set', 'fold', 'kfold', 'Fold_1', 'cv', 'cv_fold', 'data_split', 'split 2', 'trainTestSplit'],
+)  # fmt: skip
+def test_a_column_that_may_state_the_split_is_refused_unless_another_does(pictures, name):
+  rows = [(*row, str(i % 6 == 0)) for i, row in enumerate(_rows())]
+  with pytest.raises(UsageError, match=f"has the column '{name}', which may state the split; name it split and write"):
+    _load(_write(pictures / 'x.csv', rows, header=f'path,label,{name}'))
+  rows = [(*row, ('train', 'train', 'test', 'test')[i % 4]) for i, row in enumerate(rows)]
+  dataset = _load(_write(pictures / 'x.csv', rows, header=f'path,label,{name},split'))
+  assert len(dataset.test) == 6
+  assert f"Columns of {pictures / 'x.csv'} that are not used: '{name}'." in dataset.notes
+
+
+def test_other_columns_are_named_in_one_note(pictures):
+  names = ['width', 'test_date', 'scaffold', 'train_id', 'latest', 'validated', 'tested', 'phase', 'class 2', '']
+  names += ['z', 'y']
+  rows = [(*row, *'abcdefghijkl') for row in _rows()]
+  dataset = _load(_write(pictures / 'x.csv', rows, header='path,label,' + ','.join(names)))
+  (note,) = [note for note in dataset.notes if 'Columns' in note]
+  assert note.endswith(f'not used: {", ".join(map(repr, names[:10]))} and 2 more.')
+  assert not any('Columns' in note for note in _load(_write(pictures / 'x.csv', _rows())).notes)
+
+
+@pytest.mark.parametrize(
   ('rows', 'header', 'reason'),
   [
     (_rows(), 'picture,', "no column for the label in its header"),

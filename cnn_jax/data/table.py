@@ -5,7 +5,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cnn_jax import UsageError, files
@@ -29,6 +29,9 @@ _COLUMNS = {
   ),
   'split': (('split', 'set', 'subset', 'partition', 'dataset'),),
 }
+# Words of names of other columns that state a split, and words beside the name of one: fold_id, is_test, train_or_val.
+_SPLIT_WORDS = re.compile('(?:k|cv)?folds?|cv|splits?|subsets?|partitions?|holdout')
+_BESIDE = re.compile('is|in|for|or|and|set|data|images?|rows?|samples?')
 
 
 class Row(NamedTuple):
@@ -51,7 +54,8 @@ def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
   Raises:
     UsageError: the file is not such a table, files are missing, or rows contradict each other; names the first lines.
   """
-  rows = list(_parse(path))
+  notes: list[str] = []
+  rows = list(_parse(path, notes))
   unlabelled = [row for row in rows if not row.label and layout.split_of(row.split) == 'test']
   rows = [row for row in rows if row.label or layout.split_of(row.split) != 'test']
   _check(path, 'have no label', [row.place for row in rows if not row.label], 'give it or remove them')
@@ -59,7 +63,6 @@ def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
   _check(path, 'have an unknown split', wrong, 'the splits are train, validation and test')
   if any(row.split for row in rows):
     _check(path, 'have no split', [row.place for row in rows if not row.split], 'give it to all or to none')
-  notes: list[str] = []
   if unlabelled:
     notes.append(
       f'{len(unlabelled):,} rows of {text(path)} are of the test split and have no label; they are not used.'
@@ -94,22 +97,25 @@ def _pack(labelled: Sequence[tuple[int, File]], prefix: str) -> paths.Files:
   return paths.make(names, [file.stamp for _, file in labelled], [label for label, _ in labelled])
 
 
-def _parse(path: str) -> Iterator[Row]:
-  rows = parquet.read(path, lambda header: _columns(path, header)) if parquet.is_parquet(path) else _read_csv(path)
+def _parse(path: str, notes: list[str]) -> Iterator[Row]:
+  def choose(header: Sequence[str]) -> dict[str, int]:
+    return _columns(path, header, notes)
+
+  rows = parquet.read(path, choose) if parquet.is_parquet(path) else _read_csv(path, choose)
   for place, values in rows:
     if not values['path']:
       raise UsageError(f'{path} has no file name in {place}; correct that.')
     yield Row(values['path'], values['label'], values.get('split', ''), place)
 
 
-def _read_csv(path: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _read_csv(path: str, choose: Callable[[Sequence[str]], dict[str, int]]) -> Iterator[tuple[str, dict[str, str]]]:
   """Yields the line and the cells of each row, by the kinds of the columns."""
   lines = _read(path)
   header = re.split('[\r\n]', lines, maxsplit=1)[0]
   delimiter = max(_DELIMITERS, key=lambda mark: len(next(csv.reader([header], delimiter=mark), [])))
   reader = csv.reader(io.StringIO(lines, newline=''), delimiter=delimiter, skipinitialspace=True)
   try:
-    columns = _columns(path, next(reader, []))
+    columns = choose(next(reader, []))
     for cells in reader:
       if not any(map(str.strip, cells)):
         continue
@@ -140,8 +146,8 @@ def _read(path: str) -> str:
   return lines
 
 
-def _columns(path: str, header: Sequence[str]) -> dict[str, int]:
-  """The numbers of the columns `path`, `label` and, if there is one, `split`."""
+def _columns(path: str, header: Sequence[str], notes: list[str]) -> dict[str, int]:
+  """The numbers of the columns `path`, `label` and, if there is one, `split`; notes the others."""
   plain = [re.sub(r'[\W_]', '', cell.lower()) for cell in header]
   chosen = {}
   for kind, groups in _COLUMNS.items():
@@ -162,7 +168,25 @@ def _columns(path: str, header: Sequence[str]) -> dict[str, int]:
         f'{path} has no column for the {kind} in its header ({shown}); name the columns path, label and, if the '
         'splits are given, split.'
       )
+  others = [cell for i, cell in enumerate(header) if i not in chosen.values()]
+  for cell in others:
+    if 'split' not in chosen and _resembles_split(cell):
+      raise UsageError(
+        f'{path} has the column {cell[:40]!r}, which may state the split; name it split and write train, validation or '
+        'test into each row, or remove it.'
+      )
+  if others:
+    shown = listing.shorten([repr(cell[:40]) for cell in others], 10)
+    notes.append(f'Columns of {text(path)} that are not used: {shown}.')
   return chosen
+
+
+def _resembles_split(name: str) -> bool:
+  """Whether a column may state the split in another way: `is_valid` may also mean usable, and `is_train` leaves open
+  whether the others are validation or test."""
+  words = re.findall(r'[^\W\d_]+', re.sub('(?<=[a-z])(?=[A-Z])', '_', name).lower())
+  stated = [word.removeprefix('is') for word in words if not _BESIDE.fullmatch(word)]
+  return any(map(_SPLIT_WORDS.fullmatch, words)) or (bool(stated) and all(map(layout.split_of, stated)))
 
 
 def _find(path: str, base: str, rows: Sequence[Row]) -> tuple[dict[str, File], list[File]]:
