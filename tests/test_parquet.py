@@ -74,6 +74,7 @@ PATHS = [f'{i}.png' for i in range(24)]
     ({'path': PATHS, 'label': [0.5] * 24}, 'has 0.5 in row 1; write text or whole numbers'),
     ({'path': PATHS, 'label': [None] * 24}, 'column|no label|holds null'),
     ({'path': PATHS, 'label': ['a', 'b', None] * 8}, '8 rows of .* have no label: row 3, row 6'),
+    ({'path': PATHS, 'label': ['a', 'b', 'nan'] * 8}, r"8 rows of .* have no label: row 3 \('nan'\), row 6"),
     ({'path': [*PATHS[:-1], 'no.png'], 'label': ['a', 'b'] * 12}, r"do not exist below .*: 'no.png' \(row 24\)"),
     ({'path': [*PATHS[:-1], None], 'label': ['a', 'b'] * 12}, 'no file name in row 24'),
     ({'path': ['x' * 2**18] * 24, 'label': PATHS}, 'more than 131,072 characters in row 1'),

@@ -96,6 +96,24 @@ def test_rows_that_are_not_used_are_noted(pictures):
   assert any('1 rows' in note and 'repeat an earlier row' in note for note in dataset.notes)
 
 
+@pytest.mark.parametrize('cell', ['', 'nan', 'NaN', 'None', 'null', 'NA', '<NA>', '#N/A'])
+def test_a_cell_without_a_value_is_no_class(pictures, cell):
+  rows = [(*row, 'train' if i < 10 else 'test') for i, row in enumerate(_rows())]
+  rows[11] = ('11.png', cell, 'test')
+  rows[10] = ('10.png', cell, 'test')
+  dataset = _load(_write(pictures / 'x.csv', rows, header='path,label,split'))
+  assert dataset.class_names == ('cat', 'dog')
+  assert any('2 rows' in note and 'have no label' in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(
+  'classes',
+  [('none', 'some'), ('1', '10'), ('1.1', '1.10'), ('1.5', '1'), ('-1', '1'), ('0', '1.0'), ('nano', 'Nancy')],
+)
+def test_names_that_only_resemble_numbers_or_empty_cells_are_classes(pictures, classes):
+  assert _load(_write(pictures / 'x.csv', _rows(classes=classes))).class_names == tuple(sorted(classes))
+
+
 @pytest.mark.parametrize(
   'name',
   ['is_test', 'is_valid', 'isvalid', 'is_validation', 'is_train', 'isTrain', 'Is Training Image', 'test', 'Valid', 'dev',
@@ -131,6 +149,10 @@ def test_other_columns_are_named_in_one_note(pictures):
     ([*_rows(), ('00.png', 'dog')], 'path,label', r"1 rows .* contradict .*: '00.png' \(line 2 and line 14\); give"),
     ([*_rows(), ('./00.png', 'dog')], 'path,label', r'contradict an earlier row'),
     ([*_rows(), ('00.png', '')], 'path,label', r'1 rows of .* have no label: line 14'),
+    ([*_rows(), ('00.png', 'nan')], 'path,label', r"1 rows .* have no label: line 14 \('nan'\); give .* or rename the cl"),
+    (_rows(classes=('cat', 'dog', 'NULL')), 'path,label', r"4 rows .* have no label: line 4 \('NULL'\), line 7"),
+    (_rows(classes=('1', '1.0')), 'path,label', "classes '1' and '1.0', which look alike"),
+    (_rows(classes=('cat', '7', '007')), 'path,label', "classes '007' and '7', which look alike"),
     ([(*row, 'prod') for row in _rows()], 'path,label,split', r"12 rows .* unknown split: 'prod' \(line 2\)"),
     ([(*row, 'train' if i else '') for i, row in enumerate(_rows())], 'path,label,split', 'have no split: line 2'),
     ([(*row, 'test' if i % 2 else 'train') for i, row in enumerate(_rows())], 'path,label,split', "class 'dog'"),

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from cnn_jax import UsageError
-from cnn_jax.data import directories, listing, paths
+from cnn_jax.data import directories, labels, listing, paths
 from cnn_jax.data.directories import Directories
 from cnn_jax.data.listing import File, Passed, count, text
 from cnn_jax.data.paths import Files
@@ -102,7 +102,7 @@ def read(root: str, *, skip: bool = False, listed: Directories | None = None) ->
     classes = {'train': _read_classes(top, named)}
   _check_empty(classes)
   class_names = check_names(list(classes['train']), f'{root} has the classes')
-  labels = {name: label for label, name in enumerate(classes['train'])}
+  label_of = {name: label for label, name in enumerate(classes['train'])}
   if len(top.files):
     example = text(os.path.join(root, top.files.paths[0]))
     notes.append(f'Images that lie in no class directory and are not used: {len(top.files):,}, such as {example}.')
@@ -110,7 +110,7 @@ def read(root: str, *, skip: bool = False, listed: Directories | None = None) ->
   return Layout(
     class_names,
     {
-      split: paths.join([folder.images().labelled(labels[name]) for name, folder in folders.items()])
+      split: paths.join([folder.images().labelled(label_of[name]) for name, folder in folders.items()])
       for split, folders in classes.items()
     },
     problems,
@@ -133,8 +133,8 @@ def check_names(names: Sequence[str], what: str) -> tuple[str, ...]:
     what: begins the message, such as 'DIR has the classes'.
 
   Raises:
-    UsageError: two names differ by nothing but case, blanks or Unicode normalisation. Single characters may differ by
-      case: they can be classes of characters.
+    UsageError: two names differ by nothing but case, blanks or Unicode normalisation, or are the same whole number.
+      Single characters may differ by case: they can be classes of characters.
   """
   found: dict[str, str] = {}
   for name in names:
@@ -148,9 +148,12 @@ def check_names(names: Sequence[str], what: str) -> tuple[str, ...]:
 
 
 def fold(name: str) -> str:
-  """A class name without case, blanks around and differences of Unicode normalisation; see `check_names`."""
+  """A class name without case, blanks around, differences of Unicode normalisation, and zeros that leave a whole number
+  the same; see `check_names`. 1.1 and 1.10 stay apart, because they can be sections or versions."""
   plain = unicodedata.normalize('NFC', ' '.join(text(name).split()))
-  return plain if len(plain) == 1 else unicodedata.normalize('NFC', plain.casefold())
+  if len(plain) == 1:
+    return plain
+  return labels.whole_number(plain) or unicodedata.normalize('NFC', plain.casefold())
 
 
 def _read_top(root: str, problems: list[File], listed: Directories) -> _Folder:

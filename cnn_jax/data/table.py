@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cnn_jax import UsageError, files
-from cnn_jax.data import layout, listing, parquet, paths
+from cnn_jax.data import labels, layout, listing, parquet, paths
 from cnn_jax.data.listing import File, Passed, text
 
 _MAX_BYTES = 2**29
@@ -56,9 +56,12 @@ def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
   """
   notes: list[str] = []
   rows = list(_parse(path, notes))
-  unlabelled = [row for row in rows if not row.label and layout.split_of(row.split) == 'test']
-  rows = [row for row in rows if row.label or layout.split_of(row.split) != 'test']
-  _check(path, 'have no label', [row.place for row in rows if not row.label], 'give it or remove them')
+  unlabelled = [row for row in rows if not _has_label(row) and layout.split_of(row.split) == 'test']
+  rows = [row for row in rows if _has_label(row) or layout.split_of(row.split) != 'test']
+  bare = [row for row in rows if not _has_label(row)]
+  places = [f'{row.place} ({row.label!r})' if row.label else row.place for row in bare]
+  rename = ', or rename the class if it is one' if any(row.label for row in bare) else ''
+  _check(path, 'have no label', places, f'give it or remove them{rename}')
   wrong = [f'{row.split!r} ({row.place})' for row in rows if row.split and not layout.split_of(row.split)]
   _check(path, 'have an unknown split', wrong, 'the splits are train, validation and test')
   if any(row.split for row in rows):
@@ -73,12 +76,12 @@ def read(path: str, base: str, *, skip: bool = False) -> layout.Layout:
   kept = _unique(path, rows, found, notes)
   names = sorted({row.label for row, _ in kept})
   class_names = layout.check_names(names, f'{path} has the classes')
-  labels = {name: label for label, name in enumerate(names)}
+  label_of = {name: label for label, name in enumerate(names)}
   parts: dict[str, list[tuple[int, File]]] = {'train': []}
   for row, file in kept:
-    parts.setdefault(layout.split_of(row.split) or 'train', []).append((labels[row.label], file))
+    parts.setdefault(layout.split_of(row.split) or 'train', []).append((label_of[row.label], file))
   trained = {label for label, _ in parts['train']}
-  missing = [name for name in names if labels[name] not in trained]
+  missing = [name for name in names if label_of[name] not in trained]
   if missing or len(names) < 2:
     raise UsageError(
       f'{path} has no training image of the class {missing[0]!r}; add one, or remove the class.'
@@ -106,6 +109,10 @@ def _parse(path: str, notes: list[str]) -> Iterator[Row]:
     if not values['path']:
       raise UsageError(f'{path} has no file name in {place}; correct that.')
     yield Row(values['path'], values['label'], values.get('split', ''), place)
+
+
+def _has_label(row: Row) -> bool:
+  return bool(row.label) and not labels.is_missing(row.label)
 
 
 def _read_csv(path: str, choose: Callable[[Sequence[str]], dict[str, int]]) -> Iterator[tuple[str, dict[str, str]]]:
