@@ -48,7 +48,8 @@ def load(config_data: Any) -> Dataset:
   declared = _read_class_names(root)
   facts = ((shard.name, *shard.stamp) for shard in shards)
   fingerprint = decode.fingerprint([*facts, declared])
-  index = Index(listing.text(os.path.realpath(root)), ['tar'], fingerprint)
+  # The number is that of the rules by which labels are read.
+  index = Index(listing.text(os.path.realpath(root)), ['tar', 2], fingerprint)
   found = webdataset.restore(index)
   problems: list[listing.File] = []
   if found is None:

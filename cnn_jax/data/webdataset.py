@@ -6,6 +6,7 @@ the image, and KEY.cls, KEY.json or KEY.txt holds its class. If no image has a l
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cnn_jax import UsageError
-from cnn_jax.data import MAX_CLASSES, MAX_NAME, layout, listing, members, paths
+from cnn_jax.data import MAX_CLASSES, MAX_NAME, labels, layout, listing, members, paths
 from cnn_jax.data.images import IMAGE_EXTENSIONS
 from cnn_jax.data.index import Index
 from cnn_jax.data.lazy import read_ahead
@@ -79,9 +80,11 @@ def find(
   Raises:
     UsageError: a tar file cannot be used, there is no image, or labels contradict each other.
   """
-  images, numbers, problems, passed = [], [], [], listing.Passed()
+  images: list[_Image] = []
+  numbers, problems, passed = [], [], listing.Passed()
+  list_one = functools.partial(_list_one, frozenset(declared or ()))
   counter = Counter('images found in tar files')
-  with contextlib.closing(read_ahead(shards, _list_one, _AHEAD, group=1)) as all_found:
+  with contextlib.closing(read_ahead(shards, list_one, _AHEAD, group=1)) as all_found:
     for number, found in enumerate(all_found):
       images += found.images
       numbers += [number] * len(found.images)
@@ -93,21 +96,25 @@ def find(
   if not images:
     kinds = passed.kinds()
     raise UsageError(f'the tar files of {root} hold no image{f" but {kinds}" if kinds else ""}; give others.')
-  labelled = any(image[3] for image in images)
+  labelled = any(image.label for image in images)
   if labelled:  # an image such as KEY.mask.png is another field of KEY
-    passed.suffixes.update('.' + image[0].rpartition('/')[2].partition('.')[2] for image in images if not image[4])
-    kept = [place for place, image in enumerate(images) if image[4]]
+    passed.suffixes.update('.' + image.name.rpartition('/')[2].partition('.')[2] for image in images if not image.plain)
+    kept = [place for place, image in enumerate(images) if image.plain]
     images, numbers = [images[place] for place in kept], [numbers[place] for place in kept]
-  names = [image[0] for image in images]
+  names = [image.name for image in images]
   shard_of = np.array(numbers, np.int32)
-  values = [image[3] for image in images] if labelled else _directories(root, shards, names, shard_of)
+  if labelled or any(image.meant for image in images):
+    _check_labels(shards, images, numbers)
+  values = [image.label for image in images] if labelled else _directories(root, shards, names, shard_of)
+  if not any(values):
+    _check_labels(shards, images, numbers)
   class_names, label_of = _classes(root, set(values) - {''}, declared)
   full = [f'{shards[number].name}/{name}' for number, name in zip(numbers, names, strict=True)]
   listed = Listing(
     paths.pack(full),
     shard_of,
-    np.array([image[1] for image in images], np.int64),
-    np.array([image[2] for image in images], np.int64),
+    np.array([image.offset for image in images], np.int64),
+    np.array([image.size for image in images], np.int64),
     np.array([label_of.get(value, -1) for value in values], np.int32),
     class_names,
     passed.notes(),
@@ -138,19 +145,39 @@ def restore(index: Index) -> Listing | None:
   return Listing(names, class_names=tuple(class_names), notes=list(notes), **columns)
 
 
+class _Label(NamedTuple):
+  """What a member states: a class, '' if none; why it cannot be used; whether it can only be meant as a label."""
+
+  value: str = ''
+  flaw: str = ''
+  meant: bool = False
+
+
+class _Image(NamedTuple):
+  """An image of a tar file: its member, its label, whether its key is plain, and, without a label, what prevents it."""
+
+  name: str
+  offset: int
+  size: int
+  label: str
+  plain: bool
+  flaw: str
+  meant: bool
+
+
 @dataclasses.dataclass
 class _Found:
-  """What one tar file holds: of each image its member, its label ('' if it has none), and whether its key is plain."""
+  """What one tar file holds."""
 
-  images: list[tuple[str, int, int, str, bool]] = dataclasses.field(default_factory=list)
+  images: list[_Image] = dataclasses.field(default_factory=list)
   problems: list[listing.File] = dataclasses.field(default_factory=list)
   passed: listing.Passed = dataclasses.field(default_factory=listing.Passed)
 
 
-def _list_one(shard: Shard) -> _Found:
+def _list_one(declared: frozenset[str], shard: Shard) -> _Found:
   """Lists the images and labels of one tar file."""
   found, seen = _Found(), set()
-  labels: dict[str, dict[str, str]] = {}
+  stated: dict[str, dict[str, _Label]] = {}
   images: list[tuple[members.Member, str, bool]] = []
   keys: dict[str, str] = {}
 
@@ -169,19 +196,20 @@ def _list_one(shard: Shard) -> _Found:
       raise UsageError(f'{shard.path} holds {member.name!r} twice; write it again with each name once.')
     seen.add(member.name)
     if kind in _LABELS:
-      labels.setdefault(key, {})[kind] = _parse_label(kind, member.contents)
+      label = _parse_label(kind, member, declared)
+      stated.setdefault(key, {})[kind] = label._replace(flaw=label.flaw and f'{member.name} {label.flaw}')
     elif problem := member.problem or (_TOO_LARGE if member.size > _MAX_BYTES else ''):
       found.problems.append(listing.File(f'{shard.path}/{member.name}', problem=problem))
     else:
       images.append((member, key, kind in _SUFFIXES))
   with_image = {key for _, key, plain in images if plain}
-  found.passed.suffixes.update(kind for key, kinds in labels.items() if key not in with_image for kind in kinds)
+  found.passed.suffixes.update(kind for key, kinds in stated.items() if key not in with_image for kind in kinds)
   for member, key, plain in images:
-    of_key = labels.get(key, {}) if plain else {}
-    label = next((of_key[kind] for kind in _LABELS if of_key.get(kind)), '')
-    if label and (other := keys.setdefault(key, member.name)) != member.name:
+    of_key = [stated[key][kind] for kind in _LABELS if kind in stated[key]] if plain and key in stated else []
+    label = next((label for label in of_key if label.value), None) or next((x for x in of_key if x.flaw), _Label())
+    if label.value and (other := keys.setdefault(key, member.name)) != member.name:
       raise UsageError(f'{shard.path} holds two images of one key, {other!r} and {member.name!r}; remove one.')
-    found.images.append((member.name, member.offset, member.size, label, plain))
+    found.images.append(_Image(member.name, member.offset, member.size, label.value, plain, label.flaw, label.meant))
   return found
 
 
@@ -196,17 +224,50 @@ def _key(name: str) -> tuple[str, str]:
   return folder + slash + stem, (dot + rest).lower()
 
 
-def _parse_label(kind: str, contents: bytes) -> str:
-  """The class that a member states, a number or a name; '' if it states none."""
+def _parse_label(kind: str, member: members.Member, declared: frozenset[str]) -> _Label:
+  """The class that a member states, a number or a name. Text may be a caption, and JSON may describe anything else."""
+  meant = kind == '.cls'
+  if member.problem or member.size > members.MAX_CONTENTS:
+    return _Label(flaw=member.problem or f'has more than {members.MAX_CONTENTS:,} bytes', meant=meant)
   try:
-    value = contents.decode().strip()
+    value = member.contents.decode().strip()
     if kind == '.json':
       parsed = json.loads(value)
       found = [parsed.get(field) for field in _FIELDS] if isinstance(parsed, dict) else []
-      value = next((str(item).strip() for item in found if type(item) in (int, str)), '')
+      if all(item is None for item in found):
+        return _Label(flaw='holds no object with label, class or cls')
+      meant = True
+      usable = [item for item in found if type(item) in (int, str)]
+      if not usable:
+        other = next(item for item in found if item is not None)
+        return _Label(flaw=f'holds {json.dumps(other)[:40]} as its label', meant=True)
+      value = str(usable[0]).strip()
   except (ValueError, RecursionError):
-    return ''
-  return '' if len(value) > MAX_NAME or not value.isprintable() or re.fullmatch('-[0-9]+', value) else value
+    return _Label(flaw='is not readable JSON' if kind == '.json' else 'is not UTF-8', meant=meant)
+  if value in declared:
+    return _Label(value)
+  if not value:
+    return _Label(flaw='is empty', meant=meant)
+  if len(value) > MAX_NAME or not value.isprintable():
+    return _Label(flaw=f'holds more than a line of up to {MAX_NAME:,} characters', meant=meant)
+  if labels.is_missing(value) or re.fullmatch('-[0-9]+', value):
+    return _Label(flaw=f'holds {value[:40]}', meant=True)
+  return _Label(value)
+
+
+def _check_labels(shards: Sequence[Shard], images: Sequence[_Image], numbers: Sequence[int]) -> None:
+  """Checks that no label is unusable. All those of a test split may be, as -1 is where labels are not published."""
+  tested = any(image.label for image, number in zip(images, numbers, strict=True) if shards[number].split == 'test')
+  flaws = [
+    f'{shards[number].path}/{image.flaw}'
+    for image, number in zip(images, numbers, strict=True)
+    if image.flaw and (tested or shards[number].split != 'test')
+  ]
+  if flaws:
+    raise UsageError(
+      f'{listing.count(len(flaws), "label")} cannot be used: {listing.shorten(flaws, 1)}; a label is a name or a whole '
+      'number from 0, in KEY.cls, in KEY.txt or as label, class or cls of an object in KEY.json.'
+    )
 
 
 def _directories(root: str, shards: Sequence[Shard], names: list[str], shard_of: np.ndarray) -> list[str]:
@@ -257,8 +318,8 @@ def _classes(root: str, values: set[str], declared: list[str] | None) -> tuple[t
       label_of = {value: label for label, value in enumerate(order_of_names)}
     if not 2 <= len(names) <= MAX_CLASSES:
       raise UsageError(
-        f'the tar files of {root} have {len(names):,} classes; they need from 2 to {MAX_CLASSES:,}, in members KEY.cls or '
-        'as directories of the images.'
+        f'the tar files of {root} have {len(names):,} classes{f" ({names[0][:40]!r})" if len(names) == 1 else ""}; they '
+        f'need from 2 to {MAX_CLASSES:,}, in members KEY.cls or as directories of the images.'
       )
     return names, label_of
   place = {name: label for label, name in enumerate(declared)}
