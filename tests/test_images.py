@@ -252,6 +252,25 @@ def test_a_decompression_bomb_is_an_error_before_it_is_decoded():
         load_image(io.BytesIO(b'P5 9500 9500 255\n'))
 
 
+@pytest.mark.parametrize(
+  ('size', 'reason'),
+  [
+    (2**31 - 1, 'at 2147483647x2147483647 pixels; set a smaller config.data.image_size'),
+    ((2**20, 2**30), 'at 1048576x1073741824 pixels; set a smaller config.data.image_size'),
+    (0, '; make it smaller'),
+  ],
+)
+def test_a_size_beyond_memory_is_one_line_and_no_fault_of_the_file(monkeypatch, size, reason):
+  def exhaust(*_):
+    raise MemoryError
+
+  monkeypatch.setattr(images, '_resample' if size else '_grey_or_rgb', exhaust)
+  with pytest.raises(UsageError, match=f'^x.png does not fit into memory ?{reason}, or free memory.$') as error:
+    load_image(encoded(RGB), size=size, name='x.png')
+  assert not isinstance(error.value, images.UnreadableError)  # `on_bad_image=skip` leaves those out
+  assert isinstance(error.value.__cause__, MemoryError)
+
+
 def test_importing_the_module_does_not_change_the_filters_of_warnings():
   before, loaded = list(warnings.filters), dict(vars(images))
   importlib.reload(images)

@@ -108,6 +108,7 @@ def read_image(
 
   Raises:
     UnreadableError: the file cannot be read. The message has its name and the reason.
+    UsageError: memory does not suffice; its cause is the MemoryError.
   """
   if name is None:
     name = os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, 'name', 'the image')
@@ -115,8 +116,10 @@ def read_image(
   try:
     with _open(file) as stream:
       return _read_or_repair(stream, (size, channels, resize, bit_depth))
-  except MemoryError:
-    raise
+  except MemoryError as error:  # not the file's fault, so it must not be left out as one that cannot be read
+    resized = ' at {}x{} pixels'.format(*_pair(size)) if size else ''
+    remedy = 'set a smaller config.data.image_size' if size else 'make it smaller'
+    raise UsageError(f'{name} does not fit into memory{resized}; {remedy}, or free memory.') from error
   except _RefusedError as refused:
     raise UnreadableError(name, refused.reason, refused.remedy) from None
   except Exception as error:
