@@ -138,8 +138,8 @@ def _groups(config: Any, stages: Any, frozen_stages: int, params: Any) -> Any:
 
   `filter`: a tensor (height, width, channels, features) of a layer that is not the head; `kernel`: another one with two
   axes or more; `bias`: the rest. What is in a frozen stage, or in stage 0, is `fixed`. With `first_stage_epochs` the first
-  stage has a `first_bias`, and what else it has is `fixed`. So is the bias of the head with `muon_sgd`: it adds to the logits directly, unlike
-  any other bias, so the rate of the others makes it oscillate with the sums of the errors.
+  stage has a `first_bias`, and what else it has is `fixed`. So is the bias of the head with `muon_sgd`: it adds to the
+  logits directly, unlike any other bias, so the rate of the others makes it oscillate with the sums of the errors.
   """
 
   def group(path: Any, param: Any, stage: int) -> str:
