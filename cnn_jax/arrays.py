@@ -108,10 +108,16 @@ def _quiet() -> Iterator[None]:
       hook(failure)
 
   # If one array fails, orbax closes its event loop. What TensorStore's threads have to say about the others comes later,
-  # even after this block, and the interpreter prints a traceback for each.
+  # even after this block, and the interpreter or asyncio prints a traceback for each.
   sys.unraisablehook = report
+  logging.getLogger('asyncio').addFilter(_is_no_lost_future)
   try:
     yield
     sys.unraisablehook = hook
+    logging.getLogger('asyncio').removeFilter(_is_no_lost_future)
   finally:
     logger.setLevel(level)
+
+
+def _is_no_lost_future(line: logging.LogRecord) -> bool:
+  return not line.getMessage().startswith('Future exception was never retrieved')

@@ -12,9 +12,12 @@ _CACHE = pathlib.Path(__file__).resolve().parent.parent / '.pytest_cache' / 'com
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
-# A shell ignores SIGINT in what it starts in the background, and the programs of the tests would inherit that.
+# A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and the programs of the tests would inherit
+# that. They do not inherit a function.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+  signal.signal(signal.SIGHUP, lambda *_: None)
 
 from tests.helpers import call_command  # noqa: E402
 

@@ -1,5 +1,8 @@
 """Checkpoints: bit for bit as saved, and whole or not at all."""
 
+import asyncio
+import gc
+import logging
 import pickle
 import shutil
 
@@ -219,6 +222,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_checkpoint(two, capfd):
   assert 'Traceback' not in capfd.readouterr().err
   assert sorted(path.name for path in two.iterdir()) == ['1', '2']
   assert restored_step(two) == (2, [])
+
+
+def test_what_asyncio_says_of_other_failed_writes_is_not_shown(two, capfd):
+  """TensorStore leaves a future per array that failed; asyncio reports each when it is collected, at any time."""
+  handler = logging.StreamHandler()
+  logging.getLogger('asyncio').addHandler(handler)
+  try:
+    with largest_file(100_000), pytest.raises(UsageError):
+      checkpoint.save(two, 3, {'kernel': np.random.default_rng(0).normal(size=100_000)}, info={}, keep=1)
+    loop = asyncio.new_event_loop()
+    loop.create_future().set_exception(ValueError('RESOURCE_EXHAUSTED'))
+    loop.close()
+    gc.collect()
+    logging.getLogger('asyncio').error('another line')
+  finally:
+    logging.getLogger('asyncio').removeHandler(handler)
+  error = capfd.readouterr().err
+  assert 'never retrieved' not in error
+  assert 'another line' in error
 
 
 def test_a_directory_that_cannot_be_made_or_read_is_one_line(tmp_path):
