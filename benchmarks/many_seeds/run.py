@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peers, results
+from benchmarks.accelerator.part import largest_error
 from cnn_jax import command, distribute, plan, step, train
 from cnn_jax.config import default_config, vary
 from cnn_jax.data import Split, feed
@@ -73,12 +74,8 @@ def measure(network: str, seeds: int, rounds: int, seconds: float) -> dict[str, 
   fields = {'batch_size': batch, 'model.features': features, 'augment.shift': 1, 'optimizer.learning_rate': 0.01}
   made = dict(zip(WAYS, _ways(vary(default_config(), fields), shape, seeds), strict=True))
   params = [jax.device_get([state.params for state in way(CHECKED_STEPS)]) for way in made.values()]
-  errors = [
-    np.abs(a - b).max() / np.abs(b).max()
-    for alone, together in zip(*params, strict=True)
-    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True)
-  ]
-  difference = float(np.max(errors))  # of Python's `max` NaN might not be the result
+  leaves = (map(jax.tree.leaves, pair) for pair in zip(*params, strict=True))
+  difference = largest_error((b, a) for alone, together in leaves for a, b in zip(alone, together, strict=True))
 
   def milliseconds(way: Way, steps: int) -> float:
     started = time.perf_counter()
